@@ -1,0 +1,266 @@
+"""Every private Keras name the library touches, and nothing else.
+
+Each function here is the one place that knows a private name, says which, and
+has its own test in `tests/test_keras_compat.py`, so that a Keras release that
+changes it fails there, by name, and not in somebody's training run.
+
+Checked against Keras 3.15 on TensorFlow 2.21.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import keras
+import tensorflow as tf
+from keras.src import backend as _backend
+from keras.src import tree as tree
+from keras.src.models.functional import Functional, operation_fn
+from keras.src.ops.function import Function
+from keras.src.ops.node import Node as Call
+from keras.src.trainers import data_adapters as _data_adapters
+from keras.src.trainers.data_adapters import array_slicing as _array_slicing
+
+# -- Graphs: Functional._nodes_by_depth, Sequential._functional, ... -----------
+
+
+def functional_of(layer: Any) -> Functional | None:
+    """Returns the graph of layers that calling `layer` runs, if it is one.
+
+    Private: `Functional`, `Sequential._functional`.
+
+    Returns:
+        The `Functional` behind a Functional or Sequential model whose `call`
+        is Keras' own; `None` for anything else.
+    """
+    call = getattr(type(layer), "call", None)
+    if isinstance(layer, keras.Sequential):
+        return layer._functional if call is keras.Sequential.call else None
+    if isinstance(layer, Functional) and call is Functional.call:
+        return layer
+    return None
+
+
+def calls_in_order(functional: Functional) -> list[Call]:
+    """Returns the recorded calls of a graph in Keras' own execution order.
+
+    Private: `Function._nodes_by_depth`, and the attributes `operation`,
+    `arguments`, `outputs`, `is_input`, `input_tensors` of its nodes.
+    """
+    by_depth = functional._nodes_by_depth
+    return [
+        call
+        for depth in sorted(by_depth, reverse=True)
+        for call in by_depth[depth]
+        if call.operation is not None and not call.is_input
+    ]
+
+
+def fill_in(call: Call, tensors: Mapping[int, Any]) -> tuple[tuple, dict]:
+    """Returns the arguments of a recorded call with tensors filled in.
+
+    Private: `SymbolicArguments.fill_in`.
+
+    Args:
+        call: A recorded call.
+        tensors: Values by the `id` of the symbolic tensor they stand for.
+    """
+    return call.arguments.fill_in(tensors)
+
+
+def run_operation(operation: Any, args: tuple, kwargs: dict, training: bool):
+    """Calls an operation as `Functional.call` does.
+
+    Private: `operation_fn`, which injects `training` into every operation
+    that takes it and overrides a recorded `training=False`, as Keras does.
+    """
+    return operation_fn(operation, training=training)(*args, **kwargs)
+
+
+def standardize_inputs(functional: Functional, x: Any) -> list[tf.Tensor]:
+    """Returns model inputs in the order, dtype and rank the graph wants.
+
+    Private: `Functional._standardize_inputs`.
+    """
+    return functional._standardize_inputs(x)
+
+
+def get_mask(tensor: Any) -> Any:
+    """Returns the mask that Keras attached to a tensor, or `None`."""
+    return _backend.get_keras_mask(tensor)
+
+
+def set_mask(tensor: Any, mask: Any) -> None:
+    """Attaches a mask to a tensor, as Keras' layers do."""
+    _backend.set_keras_mask(tensor, mask)
+
+
+# -- Variables: Variable._value -----------------------------------------------
+
+
+def get_storage(variable: keras.Variable) -> tf.Variable:
+    """Returns the TensorFlow variable that holds a Keras variable's value.
+
+    Private: `Variable._value`.
+    """
+    return variable._value
+
+
+def set_storage(variable: keras.Variable, storage: tf.Variable) -> None:
+    """Makes `storage` hold a Keras variable's value from now on.
+
+    Private: `Variable._value`.
+    """
+    variable._value = storage
+
+
+# -- Optimizers ---------------------------------------------------------------
+
+
+def learning_rate_of(optimizer: keras.optimizers.Optimizer) -> Any:
+    """Returns the variable, schedule or callable behind `learning_rate`.
+
+    Private: `Optimizer._learning_rate`.
+    """
+    return optimizer._learning_rate
+
+
+def step_counter_of(optimizer: keras.optimizers.Optimizer) -> keras.Variable:
+    """Returns the variable that counts the calls of `apply`.
+
+    Private: `Optimizer._iterations`; the public `iterations` is divided by
+    `gradient_accumulation_steps`.
+    """
+    return optimizer._iterations
+
+
+def variables_built_on(optimizer: keras.optimizers.Optimizer) -> list:
+    """Returns the variables that a built optimizer has slots for, in order.
+
+    Private: `Optimizer._trainable_variables`.
+    """
+    return list(optimizer._trainable_variables)
+
+
+def decays(optimizer: keras.optimizers.Optimizer, variable: Any) -> bool:
+    """Whether `exclude_from_weight_decay` has spared a variable.
+
+    Private: `Optimizer._use_weight_decay`.
+    """
+    return optimizer._use_weight_decay(variable)
+
+
+def record_slots(
+    optimizer: keras.optimizers.Optimizer, variables: list
+) -> list[tuple[keras.Variable, keras.Variable]]:
+    """Builds an optimizer and returns the slots it made.
+
+    Semi-private: every slot is made by `add_variable_from_reference`, which is
+    public, and called through the instance.
+
+    Returns:
+        Pairs of a variable and a slot, in the order of creation.
+    """
+    made = []
+    original = optimizer.add_variable_from_reference
+
+    def recording(reference_variable, *args, **kwargs):
+        slot = original(reference_variable, *args, **kwargs)
+        made.append((reference_variable, slot))
+        return slot
+
+    optimizer.add_variable_from_reference = recording
+    try:
+        optimizer.build(variables)
+    finally:
+        del optimizer.add_variable_from_reference
+    return made
+
+
+# -- Losses, metrics, and the rest of Trainer ---------------------------------
+
+
+def compiled_loss(model: keras.Model) -> Any:
+    """Returns the compiled loss, or `None`. Private: `_compile_loss`.
+
+    `Model.compute_loss` would add the regularizers of all layers, which
+    belong to the stages.
+    """
+    return model._compile_loss
+
+
+def compiled_parts(model: keras.Model) -> tuple:
+    """Returns what `compile` made. Private: `_compile_loss`, ..."""
+    return (model.optimizer, model._compile_loss, model._compile_metrics)
+
+
+def loss_tracker(model: keras.Model) -> keras.metrics.Mean:
+    """Returns the metric behind `logs["loss"]`. Private: `_loss_tracker`."""
+    return model._loss_tracker
+
+
+def build_losses_and_metrics(model, y, y_pred, sample_weight) -> None:
+    """Creates the state of the compiled loss and metrics.
+
+    Private: `backend.compute_output_spec`, `_compile_loss`,
+    `_compile_metrics`. Keras does this when its step is first traced; it must
+    happen before variables are placed.
+
+    Args:
+        model: A compiled model.
+        y: Nested `KerasTensor`s of the targets.
+        y_pred: Nested `KerasTensor`s of the outputs.
+        sample_weight: Nested `KerasTensor`s or `None`.
+    """
+    metrics = model._compile_metrics
+    if metrics is not None and not metrics.built:
+        _backend.compute_output_spec(
+            metrics.update_state, y, y_pred, sample_weight
+        )
+    loss = model._compile_loss
+    if loss is not None and not loss.built:
+        _backend.compute_output_spec(loss, y, y_pred, sample_weight)
+
+
+def pack_outputs(functional: Functional, outputs: list) -> Any:
+    """Returns flat outputs in the structure that calling the model gives.
+
+    Private: `Function._outputs_struct`; `Functional.call` unpacks a list of
+    one, and so does this.
+    """
+    packed = tree.pack_sequence_as(functional._outputs_struct, outputs)
+    if isinstance(packed, (list, tuple)) and len(packed) == 1:
+        return packed[0]
+    return packed
+
+
+def initial_epoch_of(model: keras.Model) -> int | None:
+    """Returns the epoch to resume at. Private: `Model._initial_epoch`.
+
+    `BackupAndRestore` sets it in `on_train_begin`.
+    """
+    return model._initial_epoch
+
+
+# -- Data ---------------------------------------------------------------------
+
+
+def get_data_adapter(**kwargs: Any) -> Any:
+    """Returns Keras' adapter for any data `fit` takes.
+
+    Private: `data_adapters.get_data_adapter`, and `get_tf_dataset`,
+    `num_batches`, `on_epoch_begin`, `on_epoch_end` of what it returns.
+    """
+    return _data_adapters.get_data_adapter(**kwargs)
+
+
+def train_validation_split(arrays: Any, validation_split: float) -> Any:
+    """Splits arrays as `fit(validation_split=...)` does.
+
+    Private: `array_slicing.train_validation_split`.
+    """
+    return _array_slicing.train_validation_split(
+        arrays, validation_split=validation_split
+    )
+
+
+__all__ = [name for name in dict(globals()) if not name.startswith("_")]

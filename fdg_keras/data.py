@@ -1,0 +1,223 @@
+"""Batches: from anything `keras.Model.fit` takes to links.
+
+Keras' own data adapters turn arrays, `tf.data`, `PyDataset` and generators
+into one `tf.data.Dataset`. Its elements are brought into the order the stages
+need and pulled into their links by a compiled loop, in the feeder's thread.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from fdg_keras import _keras
+from fdg_keras.links import Link
+from fdg_keras.slicing import Graph
+
+
+class Spec(NamedTuple):
+    """Shapes and dtypes of a batch.
+
+    Attributes:
+        inputs: One spec for each model input, `[B, ...]`.
+        y: Nested specs of the targets, or `None`.
+        sample_weight: Nested specs, or `None`.
+    """
+
+    inputs: tuple[tf.TensorSpec, ...]
+    y: Any
+    sample_weight: Any
+
+
+class Batches:
+    """The batches of one `fit`, `evaluate` or `predict`.
+
+    Elements of `dataset` are pairs of flat tuples: the model's inputs as the
+    model wants them, and the targets as `Objective` wants them.
+
+    Args:
+        graph: The model.
+        steps_per_epoch: Batches to draw in each epoch; the iterator then goes
+            on where it was. `None` draws all.
+        **data: As `keras.Model.fit` takes them: `x`, `y`, `sample_weight`,
+            `batch_size`, `shuffle`, `class_weight`.
+
+    Raises:
+        ValueError: If shapes do not fit the model's inputs, or if the data are
+            sparse or ragged.
+    """
+
+    def __init__(
+        self, graph: Graph, steps_per_epoch: int | None = None, **data: Any
+    ):
+        limit = keras.config.max_steps_per_epoch()
+        if limit and (not steps_per_epoch or limit < steps_per_epoch):
+            warnings.warn(f"Limiting steps_per_epoch to {limit}", stacklevel=3)
+            steps_per_epoch = limit
+        self._steps_per_epoch = steps_per_epoch
+        self._adapter = _keras.get_data_adapter(
+            steps_per_epoch=steps_per_epoch, **data
+        )
+        dataset = self._adapter.get_tf_dataset()
+        _check_dense(dataset.element_spec)
+
+        in_tuples = isinstance(dataset.element_spec, tuple)
+
+        def arrange(*element: Any) -> tuple[tuple, tuple]:
+            x, y, weight = keras.utils.unpack_x_y_sample_weight(
+                element if in_tuples else element[0]
+            )
+            inputs = _keras.standardize_inputs(graph.functional, x)
+            size = tf.shape(inputs[0])[0]
+            targets = [t for t in tf.nest.flatten((y, weight)) if t is not None]
+            return tuple(inputs), (*targets, size)
+
+        self.dataset = dataset.map(arrange)
+        inputs, _ = self.dataset.element_spec
+        _, y, weight = keras.utils.unpack_x_y_sample_weight(
+            dataset.element_spec
+        )
+        self.spec = Spec(inputs, _tensors_only(y), _tensors_only(weight))
+        _check_shapes(inputs, graph)
+        self._iterator: Any = None
+        self._length = self._adapter.num_batches
+
+    @property
+    def steps(self) -> int | None:
+        """Batches of an epoch, or `None` if that is not known yet."""
+        return self._steps_per_epoch or self._length
+
+    @contextlib.contextmanager
+    def epoch(self) -> Iterator["Epoch"]:
+        """Opens an epoch; say in it how many batches were drawn.
+
+        Raises:
+            ValueError: On leaving, if there were none.
+        """
+        self._adapter.on_epoch_begin()
+        if self._iterator is None or not self._steps_per_epoch:
+            self._iterator = iter(self.dataset)
+            self._drawn = 0
+        epoch = Epoch(self._iterator, self.steps)
+        try:
+            yield epoch
+        finally:
+            self._adapter.on_epoch_end()
+        self._account(epoch.drawn, epoch.stopped)
+
+    def _account(self, drawn: int, stopped: bool) -> None:
+        self._drawn += drawn
+        if self._drawn == 0:
+            raise ValueError(
+                "The data set is empty: expected at least one batch, received "
+                "none. A `tf.data.Dataset` or generator that was used up "
+                "yields nothing the second time."
+            )
+        short = self.steps is not None and drawn < self.steps
+        if short and self._steps_per_epoch and not stopped:
+            warnings.warn(
+                "Your input ran out of data; interrupting training. Expected "
+                f"{self.steps} batches in this epoch, received {drawn}. Use "
+                "`.repeat()` on the data set, or fewer `steps_per_epoch`.",
+                stacklevel=4,
+            )
+        if self._length is None and not self._steps_per_epoch:
+            self._length = drawn
+        if short or (self._length and self._drawn >= self._length):
+            self._iterator = None
+
+
+@dataclass
+class Epoch:
+    """One pass over some batches.
+
+    Attributes:
+        iterator: Yields them.
+        limit: How many to draw at most, or `None`.
+        drawn: How many were drawn; set by who draws.
+        stopped: Whether drawing was stopped on purpose; likewise.
+    """
+
+    iterator: Any
+    limit: int | None
+    drawn: int = 0
+    stopped: bool = False
+
+
+def make_feed(
+    feeds: Sequence[tuple[Link, Sequence[int]]], targets: Link | None
+) -> Callable[[Any, int], int]:
+    """Returns a function that moves batches from an iterator to links.
+
+    Args:
+        feeds: Links, and the positions of the inputs each one carries.
+        targets: The link that carries the targets, if any.
+
+    Returns:
+        `feed(iterator, count)`, which moves up to `count` batches and returns
+        how many there were.
+    """
+
+    def push(element: Any) -> tf.Tensor:
+        inputs, flat_targets = element
+        done = [
+            operation
+            for link, positions in feeds
+            for operation in link.enqueue([inputs[i] for i in positions])
+        ]
+        if targets is not None:
+            done += targets.enqueue(list(flat_targets))
+        with tf.control_dependencies(done):
+            return tf.constant(1)
+
+    @tf.function(autograph=False)
+    def feed(iterator: Any, count: tf.Tensor) -> tf.Tensor:
+        def body(fed: tf.Tensor, _: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            element = iterator.get_next_as_optional()
+            more = element.has_value()
+            moved = tf.cond(
+                more, lambda: push(element.get_value()), lambda: tf.constant(0)
+            )
+            return fed + moved, more
+
+        fed, _ = tf.while_loop(
+            lambda fed, more: tf.logical_and(fed < count, more),
+            body,
+            [tf.constant(0), tf.constant(True)],
+            parallel_iterations=1,
+        )
+        return fed
+
+    return lambda iterator, count: int(feed(iterator, tf.constant(count)))
+
+
+def _tensors_only(specs: Any) -> Any:
+    """Returns specs with `None` for what stands for an absent tensor."""
+    return tf.nest.map_structure(
+        lambda s: s if isinstance(s, tf.TensorSpec) else None, specs
+    )
+
+
+def _check_dense(specs: Any) -> None:
+    for spec in tf.nest.flatten(specs):
+        if isinstance(spec, (tf.SparseTensorSpec, tf.RaggedTensorSpec)):
+            raise ValueError(
+                "Expected dense tensors. Convert the data with "
+                "`tf.sparse.to_dense` or `.to_tensor()` before training. "
+                f"Received: {spec}"
+            )
+
+
+def _check_shapes(inputs: Sequence[tf.TensorSpec], graph: Graph) -> None:
+    for spec, value in zip(inputs, graph.inputs):
+        symbol = graph.symbols[value]
+        if not spec.shape.is_compatible_with(symbol.shape):
+            raise ValueError(
+                f"The data do not fit the model's input {symbol.name!r}: "
+                f"expected shape {tuple(symbol.shape)}, received "
+                f"{tuple(spec.shape)}."
+            )

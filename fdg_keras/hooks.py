@@ -1,0 +1,114 @@
+"""Keras' callbacks, called as Keras calls them."""
+
+import warnings
+from typing import Any
+
+import keras
+
+from fdg_keras.pipeline import Pace
+
+
+class Hooks:
+    """The callbacks of one `fit`, `evaluate` or `predict`.
+
+    Args:
+        model: The model they are about.
+        callbacks: As `keras.Model.fit` takes them.
+        verbose: Likewise.
+        epochs: For the progress bar.
+        steps: Batches of an epoch, `None` if not known yet.
+        history: Whether to add a `History`.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        callbacks: Any,
+        verbose: Any,
+        epochs: int,
+        steps: int | None,
+        history: bool = False,
+    ):
+        self._model = model
+        if not isinstance(callbacks, keras.callbacks.CallbackList):
+            callbacks = keras.callbacks.CallbackList(
+                callbacks,
+                add_history=history,
+                add_progbar=verbose != 0,
+                verbose=verbose,
+                epochs=epochs,
+                steps=steps,
+                model=model,
+            )
+        self.callbacks = callbacks
+
+    def begin(self, mode: str, batch: int) -> None:
+        """Tells callbacks that a window begins, by its first batch."""
+        getattr(self.callbacks, f"on_{mode}_batch_begin")(batch)
+
+    def end(self, mode: str, batch: int, logs: dict) -> None:
+        """Tells callbacks that a window has ended, by its last batch."""
+        getattr(self.callbacks, f"on_{mode}_batch_end")(batch, logs)
+
+    def pace(self, mode: str) -> Pace:
+        """Returns how long windows are.
+
+        As long as `steps_per_execution` says; if that is 1 and nobody listens
+        to batches, as long as suits the machine.
+        """
+        asked = getattr(self._model, "steps_per_execution", 1) or 1
+        return Pace(asked, fixed=asked > 1 or self._listens_to_batches(mode))
+
+    def _listens_to_batches(self, mode: str) -> bool:
+        names = [f"on_{mode}_batch_begin", f"on_{mode}_batch_end"]
+        if mode == "train":
+            names += ["on_batch_begin", "on_batch_end"]
+        return any(
+            _overrides(callback, name)
+            for callback in self.callbacks.callbacks
+            if not _acts_on_epochs_only(callback)
+            for name in names
+        )
+
+
+def as_floats(metrics: dict) -> dict[str, float]:
+    """Returns metric results as Python floats."""
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def capped_epochs(epochs: int) -> int:
+    """Returns `epochs`, limited by `keras.config.max_epochs()`."""
+    most = keras.config.max_epochs()
+    if most and most < epochs:
+        warnings.warn(f"Limiting epochs to {most}", stacklevel=3)
+        return most
+    return epochs
+
+
+def validates(epoch: int, validation_freq: Any) -> bool:
+    """Returns whether `fit` validates after `epoch`, counted from 0."""
+    if isinstance(validation_freq, int):
+        return (epoch + 1) % validation_freq == 0
+    return (epoch + 1) in validation_freq
+
+
+def _overrides(callback: keras.callbacks.Callback, name: str) -> bool:
+    method = getattr(callback, name)
+    default = getattr(keras.callbacks.Callback, name)
+    return getattr(method, "__func__", method) is not default
+
+
+def _acts_on_epochs_only(callback: keras.callbacks.Callback) -> bool:
+    """Whether a callback of Keras' overrides batch hooks without need."""
+    if isinstance(callback, keras.callbacks.ProgbarLogger):
+        return True
+    per_epoch = (
+        keras.callbacks.ModelCheckpoint,
+        keras.callbacks.BackupAndRestore,
+    )
+    if isinstance(callback, per_epoch):
+        return callback.save_freq == "epoch"
+    if isinstance(callback, keras.callbacks.TensorBoard):
+        batches = isinstance(callback.update_freq, int)
+        return not batches and not callback.profile_batch
+    return False

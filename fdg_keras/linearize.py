@@ -1,0 +1,294 @@
+"""From a pure stage to a forward, a backward, and what lies between them.
+
+A pure stage is a function `(weights, state, inputs) -> outputs`. It is traced
+once, together with its gradient, into one graph. Every tensor that a gradient
+operation reads and a forward operation made crosses from the forward to the
+backward: cutting the graph at a set of such tensors gives two functions, and
+the tensors of that set are the stash. The stash mode decides where to cut:
+
+    mode        kept for each batch in flight     weights of the backward
+    "exact"     all crossing tensors              those of the forward
+    "current"   crossing activations              today's
+    "replay"    the stage's inputs and state      today's, forward run again
+
+Knows nothing of Keras or of threads.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import tensorflow as tf
+
+Stash = Literal["exact", "current", "replay"]
+STASHES = ("exact", "current", "replay")
+
+
+@dataclass
+class Pure:
+    """What one call of a pure stage computes, as tensors of a graph.
+
+    Attributes:
+        outputs: What goes to the next stage.
+        own_losses: Scalars that are added to the loss, with weight 1.
+        new_state: As many tensors as there is state; a tensor that is the
+            state's own argument means that it does not change.
+    """
+
+    outputs: list[tf.Tensor]
+    own_losses: list[tf.Tensor]
+    new_state: list[tf.Tensor]
+
+
+class Linearized:
+    """A pure stage, traced.
+
+    The forward can be called once `cut` has been; what the outputs look like
+    is known at once, so that the next stage can be traced before it is known
+    which of its inputs have a gradient.
+
+    Args:
+        pure: `(weights, state, inputs) -> Pure`, made of TensorFlow
+            operations, reading no variable.
+        weights: Specs of the tensors to differentiate by.
+        state: Specs of the other tensors that stand for variables.
+        inputs: Specs of the inputs, `[B, ...]`.
+        device: Where its operations run.
+    """
+
+    def __init__(
+        self,
+        pure: Callable[[list, list, list], Pure],
+        weights: Sequence[tf.TensorSpec],
+        state: Sequence[tf.TensorSpec],
+        inputs: Sequence[tf.TensorSpec],
+        device: str,
+    ):
+        self._device = device
+
+        def trace(weights, state, inputs):
+            with tf.device(device), tf.name_scope("forward"):
+                with tf.GradientTape() as tape:
+                    tape.watch([*weights, *filter(is_float, inputs)])
+                    result = pure(weights, state, inputs)
+                    # An output that is an argument must be a tensor of its
+                    # own to be fetched, and to be told from the argument.
+                    result.outputs = [tf.identity(t) for t in result.outputs]
+            self._tape = tape
+            self._arguments = (weights, state, inputs)
+            self._result = result
+            return result.outputs
+
+        self._wrapped = tf.compat.v1.wrap_function(
+            trace, [list(weights), list(state), list(inputs)]
+        )
+        self._forward_operations = {
+            op.name for op in self._wrapped.graph.get_operations()
+        }
+        self.output_specs = [
+            tf.TensorSpec(t.shape, t.dtype) for t in self._result.outputs
+        ]
+        _, given_state, _ = self._arguments
+        self._changed_state = [
+            i
+            for i, (new, old) in enumerate(
+                zip(self._result.new_state, given_state)
+            )
+            if new is not old
+        ]
+
+    @property
+    def has_own_loss(self) -> bool:
+        """Whether the stage adds to the loss."""
+        return bool(self._result.own_losses)
+
+    def forward_only(self) -> "Cut":
+        """Returns the forward alone."""
+        return Cut(self._prune_forward([]), self._changed_state)
+
+    def cut(
+        self,
+        has_gradient: Sequence[bool],
+        wanted: Sequence[bool],
+        stash: Stash,
+    ) -> "Cut":
+        """Adds the gradient and cuts the graph into forward and backward.
+
+        Call it once.
+
+        Args:
+            has_gradient: For each output, whether the backward is given the
+                gradient of the loss with respect to it. An output without one
+                does not depend on the loss.
+            wanted: For each input, whether its gradient is asked for.
+            stash: Where to cut.
+        """
+        weights, state, inputs = self._arguments
+        given, by_weights, by_inputs = self._differentiate(has_gradient, wanted)
+        fetches = [
+            [g for g in by_weights if g is not None],
+            [g for g in by_inputs if g is not None],
+        ]
+        if not any(fetches):
+            return self.forward_only()
+        kept = self._kept(fetches, stash)
+        arguments = [*weights, *state, *inputs]
+        position = {t.name: i for i, t in enumerate(arguments)}
+        stash_arguments = [position.get(t.name) for t in kept]
+        made = [t for t in kept if t.name not in position]
+        fed_anew = list(weights) if stash != "exact" else []
+        return Cut(
+            forward=self._prune_forward(made),
+            changed_state=self._changed_state,
+            backward=self._wrapped.prune(
+                [*given, *kept, *fed_anew], fetches, name="backward"
+            ),
+            stash_specs=[tf.TensorSpec(t.shape, t.dtype) for t in kept],
+            stash_arguments=stash_arguments,
+            needs_weights=bool(fed_anew),
+            weight_has_gradient=[g is not None for g in by_weights],
+            input_has_gradient=[g is not None for g in by_inputs],
+        )
+
+    def _prune_forward(self, made: list[tf.Tensor]) -> Callable[..., Any]:
+        weights, state, inputs = self._arguments
+        result = self._result
+        with self._wrapped.graph.as_default(), tf.device(self._device):
+            own_loss = [tf.add_n(result.own_losses)] if self.has_own_loss else []
+        changed = [result.new_state[i] for i in self._changed_state]
+        return self._wrapped.prune(
+            [*weights, *state, *inputs],
+            [result.outputs, own_loss, changed, made],
+            name="forward",
+        )
+
+    def _differentiate(
+        self, has_gradient: Sequence[bool], wanted: Sequence[bool]
+    ) -> tuple[list, list, list]:
+        """Adds the gradient; returns what it is given, and its results."""
+        weights, _, inputs = self._arguments
+        sources = [
+            *weights,
+            *(t for t, ask in zip(inputs, wanted) if ask and is_float(t)),
+        ]
+        outputs = [
+            t for t, given in zip(self._result.outputs, has_gradient) if given
+        ]
+        own_losses = self._result.own_losses
+        with self._wrapped.graph.as_default(), tf.device(self._device):
+            given = [tf.compat.v1.placeholder(t.dtype, t.shape) for t in outputs]
+            ones = [tf.ones_like(t) for t in own_losses]
+            with tf.name_scope("backward"):
+                gradients = self._tape.gradient(
+                    outputs + own_losses, sources, output_gradients=given + ones
+                )
+            # Never one of the placeholders themselves: see `__init__`.
+            gradients = [g if g is None else _identity(g) for g in gradients]
+        del self._tape
+        rest = iter(gradients[len(weights) :])
+        by_inputs = [
+            next(rest) if ask and is_float(t) else None
+            for t, ask in zip(inputs, wanted)
+        ]
+        return given, gradients[: len(weights)], by_inputs
+
+    def _kept(self, fetches: Any, stash: Stash) -> list[tf.Tensor]:
+        """Returns the tensors to stash, in a fixed order."""
+        weights, state, inputs = self._arguments
+        if stash == "replay":
+            cut = {t.name for t in [*state, *inputs]}
+        else:
+            cut = self._crossing(free=weights if stash == "current" else [])
+        return _reach(tf.nest.flatten(fetches, expand_composites=True), cut)
+
+    def _crossing(self, free: Sequence[tf.Tensor]) -> set[str]:
+        """Returns the names of the forward's tensors the backward reads.
+
+        Tensors that depend on nothing but constants and on `free` arguments
+        are left out: the backward computes them itself.
+        """
+        arguments = {t.name for group in self._arguments for t in group}
+        fixed = arguments - {t.name for t in free}
+        varies: dict[str, bool] = {}
+        operations = self._wrapped.graph.get_operations()
+        for op in operations:  # in topological order
+            varies[op.name] = any(t.name in fixed for t in op.outputs) or any(
+                varies[t.op.name] for t in op.inputs
+            )
+        return {
+            t.name
+            for op in operations
+            if op.name not in self._forward_operations
+            for t in op.inputs
+            if t.op.name in self._forward_operations and varies[t.op.name]
+        }
+
+
+@dataclass
+class Cut:
+    """A forward and a backward, as functions of tensors.
+
+    Attributes:
+        forward: `(*weights, *state, *inputs) -> outputs, own_loss, new_state,
+            made`: lists; `own_loss` holds the sum of the own losses or
+            nothing, `new_state` only the state that changes.
+        changed_state: Which state that is.
+        backward: `(*output_gradients, *stash, *weights if needs_weights) ->
+            weight_gradients, input_gradients`, those that exist. The gradient
+            by a weight may be a `tf.IndexedSlices`. `None` if there is none.
+        stash_specs: What the stash of one batch holds.
+        stash_arguments: For each stashed tensor the position among `(*weights,
+            *state, *inputs)` if it is an argument, or `None` if it is the
+            next one of `made`.
+        needs_weights: Whether the backward is fed today's weights.
+        weight_has_gradient: For each weight.
+        input_has_gradient: For each input.
+    """
+
+    forward: Callable[..., Any]
+    changed_state: list[int]
+    backward: Callable[..., Any] | None = None
+    stash_specs: list[tf.TensorSpec] = field(default_factory=list)
+    stash_arguments: list[int | None] = field(default_factory=list)
+    needs_weights: bool = False
+    weight_has_gradient: list[bool] = field(default_factory=list)
+    input_has_gradient: list[bool] = field(default_factory=list)
+
+    def stash(
+        self, arguments: Sequence[tf.Tensor], made: Sequence[tf.Tensor]
+    ) -> list[tf.Tensor]:
+        """Returns the stash of a batch from a forward's arguments and results."""
+        rest = iter(made)
+        return [
+            next(rest) if position is None else arguments[position]
+            for position in self.stash_arguments
+        ]
+
+
+def is_float(tensor: Any) -> bool:
+    """Whether a tensor can have a gradient."""
+    return tensor.dtype.is_floating or tensor.dtype.is_complex
+
+
+def _identity(gradient: Any) -> Any:
+    return tf.nest.map_structure(
+        tf.identity, gradient, expand_composites=True
+    )
+
+
+def _reach(tensors: Sequence[tf.Tensor], cut: set[str]) -> list[tf.Tensor]:
+    """Returns the tensors of `cut` that `tensors` are computed from."""
+    # By name: an operation hands out its tensors as new Python objects.
+    reached: dict[str, tf.Tensor] = {}
+    seen: set[str] = set()
+    stack = list(tensors)
+    while stack:
+        tensor = stack.pop()
+        if tensor.name in cut:
+            reached[tensor.name] = tensor
+        elif tensor.op.name not in seen:
+            seen.add(tensor.op.name)
+            stack.extend(tensor.op.inputs)
+            for control in tensor.op.control_inputs:
+                stack.extend(control.outputs)
+    return list(reached.values())

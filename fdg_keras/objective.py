@@ -1,0 +1,126 @@
+"""What the last stage does beyond its layers: the loss and the metrics."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from fdg_keras import _keras
+from fdg_keras.data import Spec
+from fdg_keras.slicing import Graph, Slice
+
+
+class Objective:
+    """The compiled loss and metrics of a model.
+
+    A batch's targets come as a flat tuple, straight from the feeder: the
+    tensors of `y`, those of `sample_weight`, and last the batch size as an
+    `int32` scalar, by which Keras weights the mean of the reported loss.
+
+    Args:
+        model: A compiled model.
+        graph: The same model, as a graph.
+        slices: Its stages.
+        spec: Of the batches.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        graph: Graph,
+        slices: Sequence[Slice],
+        spec: Spec,
+    ):
+        self._model = model
+        self._graph = graph
+        self._structure = (spec.y, spec.sample_weight)
+        # Metrics that layers of earlier stages keep are on other devices.
+        self._elsewhere = {
+            id(metric)
+            for part in slices[:-1]
+            for layer in part.layers
+            for metric in layer.metrics
+        }
+        self.target_specs = [
+            *(s for s in tf.nest.flatten(self._structure) if s is not None),
+            tf.TensorSpec((), tf.int32),
+        ]
+        symbols = [graph.symbols[v] for v in graph.outputs]
+        _keras.build_losses_and_metrics(
+            model,
+            _symbolic(spec.y),
+            _keras.pack_outputs(graph.functional, symbols),
+            _symbolic(spec.sample_weight),
+        )
+
+    def update(
+        self,
+        outputs: Sequence[tf.Tensor],
+        own_loss: tf.Tensor | None,
+        targets: Sequence[tf.Tensor],
+        training: bool,
+    ) -> list[tf.Tensor | None]:
+        """Updates the metrics and returns the gradient of the loss.
+
+        Args:
+            outputs: The model's outputs in order, each `[B, ...]`.
+            own_loss: Sum of the losses that layers of any stage add, a
+                scalar, or `None`.
+            targets: Flat targets, as above.
+            training: Whether gradients are wanted.
+
+        Returns:
+            For each output the gradient of the compiled loss with respect to
+            it, or `None` if it has none; an empty list if not `training`.
+
+        Raises:
+            ValueError: If there is no loss, or the targets do not fit it.
+        """
+        *flat, batch_size = targets
+        rest = iter(flat)
+        y, sample_weight = tf.nest.map_structure(
+            lambda spec: None if spec is None else next(rest), self._structure
+        )
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch([t for t in outputs if t.dtype.is_floating])
+            y_pred = _keras.pack_outputs(self._graph.functional, list(outputs))
+            loss = self._loss(y, y_pred, sample_weight)
+        gradients = tape.gradient(loss, outputs) if training else []
+        if own_loss is not None:
+            loss = loss + tf.cast(own_loss, loss.dtype)
+        _keras.loss_tracker(self._model).update_state(
+            loss, sample_weight=batch_size
+        )
+        self._model.compute_metrics(None, y, y_pred, sample_weight)
+        return [
+            None if g is None else tf.convert_to_tensor(g) for g in gradients
+        ]
+
+    def results(self) -> dict[str, tf.Tensor]:
+        """Returns the values so far of all metrics on the last stage."""
+        found: dict[str, tf.Tensor] = {}
+        for metric in self._model.metrics:
+            if id(metric) not in self._elsewhere:
+                value = metric.result()
+                named = isinstance(value, dict)
+                found.update(value if named else {metric.name: value})
+        return found
+
+    def _loss(self, y: Any, y_pred: Any, sample_weight: Any) -> tf.Tensor:
+        compiled = _keras.compiled_loss(self._model)
+        loss = None if compiled is None else compiled(y, y_pred, sample_weight)
+        if loss is None:
+            raise ValueError(
+                "No loss to compute. Expected a `loss` in `compile()` and "
+                "targets to compare the outputs with. Received: "
+                f"loss={self._model.loss!r}, targets {y!r}. Pass both."
+            )
+        return loss
+
+
+def _symbolic(specs: Any) -> Any:
+    """Returns `KerasTensor`s for nested specs."""
+    return tf.nest.map_structure(
+        lambda s: s and keras.KerasTensor(s.shape, s.dtype.name), specs
+    )

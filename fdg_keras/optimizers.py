@@ -1,0 +1,166 @@
+"""One optimizer for each stage, made of the one the model was compiled with.
+
+Each stage updates its own variables, with an optimizer of the same class and
+configuration. Slots are shared: while stages train, the slots of the model's
+optimizer keep their values in those of the stages' optimizers, so that a
+checkpoint of the model holds them at any time.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from fdg_keras import _keras
+from fdg_keras.placement import Relocation
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Refuses optimizers that cannot be split into one for each stage.
+
+    Raises:
+        ValueError: If `optimizer` is `None`, needs the gradients of all stages
+            at once, or scales the loss dynamically.
+    """
+    if optimizer is None:
+        raise ValueError(
+            "Expected a model compiled with an optimizer. Call "
+            "`model.compile(optimizer, loss)` first. Received: None"
+        )
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        raise ValueError(
+            "`mixed_float16` and `LossScaleOptimizer` are not supported: the "
+            "scale would have to travel with each delayed gradient. Use the "
+            "`mixed_bfloat16` policy, which needs no scale. Received: "
+            f"{optimizer!r}"
+        )
+    if getattr(optimizer, "global_clipnorm", None) is not None:
+        raise ValueError(
+            "`global_clipnorm` needs the gradients of all stages at once, and "
+            "decoupled stages never have them. Use `clipnorm` (for each "
+            "variable) or `clipvalue`. Received: "
+            f"global_clipnorm={optimizer.global_clipnorm}"
+        )
+
+
+class StageOptimizers:
+    """The optimizers of all stages.
+
+    Args:
+        optimizer: The model's optimizer. It is built if it is not.
+        everything: The model's trainable variables, in the model's order.
+        stages: The trainable variables of each stage.
+        devices: The device of each stage.
+        relocation: Of the stages' variables, entered by `build`'s caller.
+
+    Raises:
+        ValueError: If the optimizer was built on other variables.
+    """
+
+    def __init__(
+        self,
+        optimizer: keras.optimizers.Optimizer,
+        everything: Sequence[keras.Variable],
+        stages: Sequence[Sequence[keras.Variable]],
+        devices: Sequence[str],
+        relocation: Relocation,
+    ):
+        check_optimizer(optimizer)
+        self._whole = optimizer
+        if not optimizer.built:
+            optimizer.build(list(everything))
+        built_on = _keras.variables_built_on(optimizer)
+        if [id(v) for v in built_on] != [id(v) for v in everything]:
+            raise ValueError(
+                f"The optimizer was built on {len(built_on)} variables, but "
+                f"the model now has {len(everything)} trainable ones, or "
+                "others. Call `model.compile` again after changing layers or "
+                "`trainable`."
+            )
+        self._undecayed = {
+            id(v) for v in everything if not _keras.decays(optimizer, v)
+        }
+        self._slots = _slots_by_key(optimizer.variables)
+        self._ranks = _ranks(everything)
+        self._shared: set[int] = set()
+        self._others: list[list[keras.Variable]] = []
+        with relocation:
+            self.stages = [
+                self._build(list(variables), device, relocation)
+                for variables, device in zip(stages, devices)
+            ]
+
+    def pull(self) -> None:
+        """Copies step counter and the like from the model's optimizer."""
+        for others in self._others:
+            for mine, whole in zip(others, self._remaining()):
+                mine.assign(whole)
+
+    def push(self) -> None:
+        """Copies them back; all stages have made the same steps."""
+        for mine, whole in zip(self._others[-1], self._remaining()):
+            whole.assign(mine)
+
+    def learning_rate(self) -> float:
+        """Returns the learning rate to announce, 0 if a schedule gives it."""
+        source = _keras.learning_rate_of(self._whole)
+        return float(source) if isinstance(source, keras.Variable) else 0.0
+
+    def _build(
+        self, variables: list, device: str, relocation: Relocation
+    ) -> keras.optimizers.Optimizer:
+        config = self._whole.get_config()
+        source = _keras.learning_rate_of(self._whole)
+        if not isinstance(source, keras.Variable):
+            # The schedule itself: a user's own need not be registered.
+            config["learning_rate"] = source
+        with tf.device(device):
+            optimizer = type(self._whole).from_config(config)
+            slots = _keras.record_slots(optimizer, variables)
+        excluded = [v for v in variables if id(v) in self._undecayed]
+        if excluded:
+            optimizer.exclude_from_weight_decay(var_list=excluded)
+        for reference, slot in slots:
+            whole = self._slots[slot.name, self._ranks[id(reference)]]
+            self._shared.add(id(whole))
+            relocation.alias(whole, slot)
+        mine = {id(slot) for _, slot in slots}
+        self._others.append(
+            [v for v in _without_rate(optimizer) if id(v) not in mine]
+        )
+        return optimizer
+
+    def _remaining(self) -> list[keras.Variable]:
+        found = _without_rate(self._whole)
+        return [v for v in found if id(v) not in self._shared]
+
+
+def _without_rate(optimizer: keras.optimizers.Optimizer) -> list:
+    rate = _keras.learning_rate_of(optimizer)
+    return [v for v in optimizer.variables if v is not rate]
+
+
+def _ranks(variables: Sequence[keras.Variable]) -> dict[int, int]:
+    """Numbers variables that share a path, in order."""
+    seen: Counter = Counter()
+    ranks = {}
+    for variable in variables:
+        ranks[id(variable)] = seen[variable.path]
+        seen[variable.path] += 1
+    return ranks
+
+
+def _slots_by_key(slots: Sequence[keras.Variable]) -> dict:
+    """Returns slots by name and rank among those of the same name.
+
+    A slot's name is made of the path of its variable and of the slot's kind,
+    and slots of one kind are created in the order of the variables.
+    """
+    seen: Counter = Counter()
+    found = {}
+    for slot in slots:
+        found[slot.name, seen[slot.name]] = slot
+        seen[slot.name] += 1
+    return found

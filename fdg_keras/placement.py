@@ -1,0 +1,150 @@
+"""Where stages run: device names, and moving variables there and back."""
+
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import keras
+import tensorflow as tf
+
+from fdg_keras import _keras
+
+
+def host_of(device: str) -> str:
+    """Returns the CPU of the machine that `device` belongs to."""
+    spec = tf.DeviceSpec.from_string(device)
+    if spec.device_type == "CPU":
+        return device
+    return spec.replace(device_type="CPU", device_index=0).to_string()
+
+
+def resolve_devices(devices: Sequence[str] | None, splits: int) -> list[str]:
+    """Returns the device of each stage, as full TensorFlow names.
+
+    Args:
+        devices: Names as `tf.device` takes them, for one machine or a cluster
+            that is connected. `None` stands for all GPUs, or all logical CPUs
+            if there is no GPU.
+        splits: Number of stages. Fewer devices than stages are dealt round
+            robin, with a warning that says so.
+
+    Returns:
+        `splits` names such as `"/job:localhost/replica:0/task:0/device:CPU:0"`.
+
+    Raises:
+        ValueError: If a device does not exist, or the list is empty.
+    """
+    known = [d.name for d in tf.config.list_logical_devices()]
+    if devices is None:
+        names = [
+            d.name
+            for d in tf.config.list_logical_devices("GPU")
+            or tf.config.list_logical_devices("CPU")
+        ]
+    else:
+        if isinstance(devices, str) or not devices:
+            raise ValueError(
+                "Expected `devices` to be a list of device names such as "
+                f"['GPU:0', 'GPU:1'], or None for all. Received: {devices!r}"
+            )
+        names = [_full_name(device, known) for device in devices]
+    if len(names) < splits:
+        warnings.warn(
+            f"{splits} stages share {len(names)} device(s): "
+            f"{', '.join(_short(n) for n in names)}, dealt round robin. Stages "
+            "on one device compete for it. Logical devices can stand in for "
+            "real ones: see `tf.config.set_logical_device_configuration`.",
+            stacklevel=4,
+        )
+    return [names[k % len(names)] for k in range(splits)]
+
+
+class Relocation:
+    """Variables that live on the devices of their stages for a while.
+
+    A Keras variable is moved by giving it another TensorFlow variable to keep
+    its value in. It gets its own one back afterwards, so whatever was compiled
+    with the model before goes on working. While it is away there are two
+    copies, of which the one at home is stale.
+
+    Use it as a context manager; within, variables are away. Contexts nest.
+    """
+
+    def __init__(self) -> None:
+        self._moves: dict[int, _Move] = {}
+        self._depth = 0
+
+    def move(self, variable: keras.Variable, device: str) -> None:
+        """Gives a variable a place on `device`, unless it lives there."""
+        home = _keras.get_storage(variable)
+        if id(variable) in self._moves or home.device == device:
+            return
+        with tf.device(device):
+            away = tf.Variable(
+                home,
+                trainable=home.trainable,
+                name=home.name.split(":")[0],
+                dtype=home.dtype,
+            )
+        self._add(_Move(variable, home, away))
+
+    def alias(self, variable: keras.Variable, other: keras.Variable) -> None:
+        """Lets a variable keep its value where `other` keeps its own."""
+        home = _keras.get_storage(variable)
+        self._add(_Move(variable, home, _keras.get_storage(other)))
+
+    def _add(self, move: "_Move") -> None:
+        self._moves[id(move.variable)] = move
+        if self._depth:
+            move.go()
+
+    def __enter__(self) -> "Relocation":
+        if not self._depth:
+            for move in self._moves.values():
+                move.go()
+        self._depth += 1
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._depth -= 1
+        if not self._depth:
+            for move in self._moves.values():
+                move.come_back()
+
+
+class _Move(NamedTuple):
+    variable: keras.Variable
+    home: tf.Variable
+    away: tf.Variable
+
+    def go(self) -> None:
+        self.away.assign(self.home)
+        _keras.set_storage(self.variable, self.away)
+
+    def come_back(self) -> None:
+        self.home.assign(self.away)
+        _keras.set_storage(self.variable, self.home)
+
+
+def _full_name(device: str, known: Sequence[str]) -> str:
+    try:
+        wanted = tf.DeviceSpec.from_string(device)
+    except (ValueError, TypeError, AttributeError):
+        wanted = None
+    matches = []
+    for name in known:
+        spec = tf.DeviceSpec.from_string(name)
+        if wanted is not None and spec == spec.make_merged_spec(wanted):
+            matches.append(name)
+    if wanted is None or not wanted.device_type or not matches:
+        raise ValueError(
+            f"Unknown device. Expected one of {[_short(n) for n in known]}. "
+            f"Received: {device!r}. More logical devices can be made with "
+            "`tf.config.set_logical_device_configuration` before TensorFlow "
+            "starts."
+        )
+    return matches[0]
+
+
+def _short(name: str) -> str:
+    return name.removeprefix("/job:localhost/replica:0/task:0/device:")

@@ -1,0 +1,397 @@
+"""`Trainer`: a Keras model, sliced, with Keras' contract of `fit`."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from fdg_keras import _keras, planning, transforms
+from fdg_keras.data import Batches, Spec
+from fdg_keras.delays import Order
+from fdg_keras.hooks import Hooks, as_floats, capped_epochs, validates
+from fdg_keras.linearize import Stash
+from fdg_keras.objective import Objective
+from fdg_keras.optimizers import StageOptimizers
+from fdg_keras.pipeline import Pipeline, Settings
+from fdg_keras.placement import Relocation, resolve_devices
+from fdg_keras.slicing import cut_graph, trace_graph
+from fdg_keras.transforms import GradientTransformer
+from fdg_keras.validation import check_model, check_settings
+
+
+class Trainer:
+    """Trains a Keras model in stages, fully decoupled by delayed gradients.
+
+    The model is sliced into K consecutive stages, each on its own device and
+    trained by its own thread. Stage k (k = 0 ... K-1) updates its weights with
+    gradients that are `d_k = delay * (K - 1 - k)` batches late:
+
+        w_k[t+1] = w_k[t] - lr * beta**(K-1-k) * grad f_k(batch t-d_k; w_k[t-d_k])
+
+    with the optimizer the model was compiled with in place of plain SGD, and
+    beta = `shrink`. Source: arXiv 1906.09108, there with modules counted from
+    1 and `delay=2`. While it trains, each stage's variables live on that
+    stage's device; afterwards the model holds the trained values where its
+    variables were before, and `model.optimizer` holds the slots.
+
+    Args:
+        model: A compiled Functional or Sequential model. Its `compile()` gives
+            optimizer, loss, metrics and `steps_per_execution`.
+        splits: Number of stages K, cut where their estimated costs balance; or
+            a list of names of layers to cut after; or a `Plan`.
+        devices: Device names as `tf.device` takes them. Fewer than stages are
+            dealt round robin, with a warning. Default: all GPUs, or all
+            logical CPUs if there is none.
+        delay: Batches of delay per hop, 0, 1, 2, ...: 0 is back-propagation,
+            locked, equal to `model.fit`; 1 is DDG; 2, the default, is FDG.
+        shrink: Factor in (0, 1] by which a gradient is multiplied at each hop,
+            or a `GradientTransformer`. Default 1, no shrinking.
+        stash: What a stage keeps of a batch from its forward to its backward.
+            `"exact"` (default) keeps what makes the backward that of the
+            forward's weights: the paper's equation. `"current"` keeps only
+            activations and uses today's weights. `"replay"` keeps the stage's
+            inputs and runs the forward again, with today's weights: the least
+            memory.
+        order: `"forward_first"` (default) runs, at each tick, the forward of
+            a batch and then the backward and update of an earlier one, as the
+            paper's text does. `"update_first"` does it the other way round,
+            as the paper's published code does, with one update less staleness.
+
+    Attributes:
+        model: The model.
+        plan: A `Plan`: which layers are on which device, and what they cost.
+
+    Raises:
+        ValueError: If the model cannot be sliced this way, or an argument is
+            out of range. The message says what was expected and what to do.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        splits: int | Sequence[str] | planning.Plan = 2,
+        devices: Sequence[str] | None = None,
+        delay: int = 2,
+        shrink: float | GradientTransformer = 1.0,
+        stash: Stash = "exact",
+        order: Order = "forward_first",
+    ):
+        check_settings(delay, stash, order)
+        transform = transforms.get(shrink)
+        check_model(model)
+        self.model = model
+        self._settings = Settings(delay, order, stash, transform)
+        self._graph = trace_graph(model)
+        cuts = planning.choose_cuts(self._graph, splits)
+        self._devices = resolve_devices(devices, len(cuts) + 1)
+        self._slices = cut_graph(self._graph, cuts)
+        self.plan = planning.make_plan(self._graph, self._slices, self._devices)
+        self._relocation = Relocation()
+        self._pipelines: dict[str, tuple[Any, Pipeline]] = {}
+        self._optimizers: StageOptimizers | None = None
+
+    def fit(
+        self,
+        x: Any = None,
+        y: Any = None,
+        batch_size: int | None = None,
+        epochs: int = 1,
+        verbose: Any = "auto",
+        callbacks: Any = None,
+        validation_split: float = 0.0,
+        validation_data: Any = None,
+        shuffle: bool = True,
+        class_weight: dict | None = None,
+        sample_weight: Any = None,
+        initial_epoch: int = 0,
+        steps_per_epoch: int | None = None,
+        validation_steps: int | None = None,
+        validation_batch_size: int | None = None,
+        validation_freq: Any = 1,
+    ) -> keras.callbacks.History:
+        """Trains the model; takes what `keras.Model.fit` takes.
+
+        All stages drain at the end of each epoch, so validation, callbacks
+        and checkpoints see every batch applied. Within an epoch callbacks see
+        the metrics of the last stage.
+
+        Returns:
+            The `History`, as `keras.Model.fit` does.
+
+        Raises:
+            ValueError: If the data do not fit the model, or are empty.
+        """
+        check_model(self.model)
+        if validation_split and validation_data is None:
+            (x, y, sample_weight), validation_data = (
+                _keras.train_validation_split(
+                    (x, y, sample_weight), validation_split
+                )
+            )
+        batches = Batches(
+            self._graph,
+            steps_per_epoch,
+            x=x,
+            y=y,
+            sample_weight=sample_weight,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            class_weight=class_weight,
+        )
+        validation = None
+        if validation_data is not None:
+            val_x, val_y, val_weight = keras.utils.unpack_x_y_sample_weight(
+                validation_data
+            )
+            validation = Batches(
+                self._graph,
+                validation_steps,
+                x=val_x,
+                y=val_y,
+                sample_weight=val_weight,
+                batch_size=validation_batch_size or batch_size,
+                shuffle=False,
+            )
+        with self._relocation:
+            pipeline = self._pipeline("train", batches.spec)
+            hooks = Hooks(
+                self.model, callbacks, verbose, epochs, batches.steps, True
+            )
+            return self._epochs(
+                pipeline,
+                batches,
+                validation,
+                hooks,
+                initial_epoch,
+                capped_epochs(epochs),
+                validation_freq,
+            )
+
+    def evaluate(
+        self,
+        x: Any = None,
+        y: Any = None,
+        batch_size: int | None = None,
+        verbose: Any = "auto",
+        sample_weight: Any = None,
+        steps: int | None = None,
+        callbacks: Any = None,
+        return_dict: bool = False,
+    ) -> Any:
+        """Computes loss and metrics, pipelined through the stages.
+
+        Takes and returns what `keras.Model.evaluate` does.
+        """
+        check_model(self.model)
+        batches = Batches(
+            self._graph,
+            steps,
+            x=x,
+            y=y,
+            sample_weight=sample_weight,
+            batch_size=batch_size,
+            shuffle=False,
+        )
+        with self._relocation:
+            logs = self._test(
+                batches, Hooks(self.model, callbacks, verbose, 1, batches.steps)
+            )
+        if return_dict:
+            return logs
+        values = list(logs.values())
+        return values[0] if len(values) == 1 else values
+
+    def predict(
+        self,
+        x: Any,
+        batch_size: int | None = None,
+        verbose: Any = "auto",
+        steps: int | None = None,
+        callbacks: Any = None,
+    ) -> Any:
+        """Computes the model's outputs, pipelined through the stages.
+
+        Takes and returns what `keras.Model.predict` does: NumPy arrays
+        `[N, ...]` in the structure of the model's outputs.
+        """
+        batches = Batches(
+            self._graph, steps, x=x, batch_size=batch_size, shuffle=False
+        )
+        hooks = Hooks(self.model, callbacks, verbose, 1, batches.steps)
+        count = len(self._graph.outputs)
+        parts: list[list[np.ndarray]] = []
+        with self._relocation:
+            pipeline = self._pipeline("predict", batches.spec)
+            self.model.stop_predicting = False
+
+            def end(batch: int, _: dict) -> bool:
+                new = [pipeline.output() for _ in range(batch + 1 - len(parts))]
+                parts.extend([[t.numpy() for t in ts[:count]] for ts in new])
+                hooks.end("predict", batch, {"outputs": parts[-1]})
+                return self.model.stop_predicting
+
+            hooks.callbacks.on_predict_begin()
+            self._run(pipeline, batches, "predict", hooks, end)
+            hooks.callbacks.on_predict_end()
+        whole = [np.concatenate(column) for column in zip(*parts)]
+        return _keras.pack_outputs(self._graph.functional, whole)
+
+    # -- Parts of the above ---------------------------------------------------
+
+    def _epochs(
+        self,
+        pipeline: Pipeline,
+        batches: Batches,
+        validation: Batches | None,
+        hooks: Hooks,
+        initial_epoch: int,
+        epochs: int,
+        validation_freq: Any,
+    ) -> keras.callbacks.History:
+        """Runs the epochs of `fit` as `keras.Model.fit` does."""
+        model, callbacks = self.model, hooks.callbacks
+        logs: dict[str, float] | None = None
+
+        def end(batch: int, metrics: dict) -> bool:
+            hooks.end("train", batch, metrics)
+            return model.stop_training
+
+        model.stop_training = False
+        callbacks.on_train_begin()
+        first = _keras.initial_epoch_of(model) or initial_epoch
+        for epoch in range(first, epochs):
+            model.reset_metrics()
+            callbacks.on_epoch_begin(epoch)
+            self._optimizers.pull()
+            self._run(pipeline, batches, "train", hooks, end)
+            self._optimizers.push()
+            logs = as_floats(model.get_metrics_result())
+            if validation is not None and validates(epoch, validation_freq):
+                tested = self._test(validation, hooks)
+                logs.update({f"val_{k}": v for k, v in tested.items()})
+            callbacks.on_epoch_end(epoch, logs)
+            if model.stop_training:
+                break
+        if epochs > 0:
+            model.optimizer.finalize_variable_values(model.trainable_weights)
+        callbacks.on_train_end(logs=logs)
+        return model.history
+
+    def _test(self, batches: Batches, hooks: Hooks) -> dict[str, float]:
+        """Runs `evaluate`, or the validation of `fit`."""
+        model = self.model
+        pipeline = self._pipeline("test", batches.spec)
+        model.stop_evaluating = False
+
+        def end(batch: int, metrics: dict) -> bool:
+            hooks.end("test", batch, metrics)
+            return model.stop_evaluating
+
+        hooks.callbacks.on_test_begin()
+        model.reset_metrics()
+        self._run(pipeline, batches, "test", hooks, end)
+        logs = as_floats(model.get_metrics_result())
+        hooks.callbacks.on_test_end(logs)
+        return logs
+
+    def _run(
+        self,
+        pipeline: Pipeline,
+        batches: Batches,
+        mode: str,
+        hooks: Hooks,
+        end: Callable[[int, dict], bool],
+    ) -> None:
+        """Runs all stages over one epoch of batches."""
+        rate = self._optimizers.learning_rate if mode == "train" else None
+        with batches.epoch() as epoch:
+            pipeline.run(
+                epoch,
+                hooks.pace(mode),
+                rate or (lambda: 0.0),
+                lambda batch: hooks.begin(mode, batch),
+                end,
+            )
+
+    def _pipeline(self, mode: str, spec: Spec) -> Pipeline:
+        """Returns the pipeline for batches like `spec`, built if need be.
+
+        The variables must be on their devices.
+        """
+        model = self.model
+        compiled = () if mode == "predict" else _keras.compiled_parts(model)
+        trainable = [v for part in self._slices for v in part.trainable_variables]
+        key = (spec, [id(c) for c in compiled], [id(v) for v in trainable])
+        cached = self._pipelines.get(mode)
+        if cached and cached[0] == key and not cached[1].broken:
+            return cached[1]
+        objective = None
+        if mode != "predict":
+            objective = Objective(model, self._graph, self._slices, spec)
+        self._relocate()
+        optimizers = None
+        if mode == "train":
+            optimizers = self._optimizers = StageOptimizers(
+                model.optimizer,
+                model.trainable_variables,
+                [part.trainable_variables for part in self._slices],
+                self._devices,
+                self._relocation,
+            )
+        pipeline = Pipeline(
+            self._graph,
+            self._slices,
+            self._devices,
+            spec,
+            self._settings if mode == "train" else None,
+            optimizers.stages if optimizers else [],
+            objective,
+        )
+        # What was compiled is kept too, so that no `id` is used again.
+        self._pipelines[mode] = (key, pipeline)
+        self._kept_alive = compiled
+        return pipeline
+
+    def _relocate(self) -> None:
+        """Moves the variables of layers and metrics to their stages."""
+        for part, device in zip(self._slices, self._devices):
+            for variable in part.trainable_variables + part.state_variables:
+                self._relocation.move(variable, device)
+        for metric in self.model.metrics:
+            for variable in metric.variables:
+                self._relocation.move(variable, self._devices[-1])
+
+
+def fit(
+    model: keras.Model,
+    *args: Any,
+    splits: int | Sequence[str] | planning.Plan = 2,
+    devices: Sequence[str] | None = None,
+    delay: int = 2,
+    shrink: float | GradientTransformer = 1.0,
+    stash: Stash = "exact",
+    order: Order = "forward_first",
+    **kwargs: Any,
+) -> keras.callbacks.History:
+    """Trains `model` in stages: `Trainer(model, ...).fit(...)`.
+
+    Args:
+        model: A compiled Functional or Sequential model.
+        *args: As `keras.Model.fit` takes them.
+        splits: See `Trainer`, here and below.
+        devices: See `Trainer`.
+        delay: See `Trainer`.
+        shrink: See `Trainer`.
+        stash: See `Trainer`.
+        order: See `Trainer`.
+        **kwargs: As `keras.Model.fit` takes them.
+
+    Returns:
+        The `History`, as `keras.Model.fit` does.
+
+    Raises:
+        ValueError: As `Trainer` and `Trainer.fit` do.
+    """
+    trainer = Trainer(model, splits, devices, delay, shrink, stash, order)
+    return trainer.fit(*args, **kwargs)

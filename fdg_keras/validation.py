@@ -1,0 +1,72 @@
+"""Bad input, refused before anything is built."""
+
+from typing import Any
+
+import keras
+
+from fdg_keras.delays import ORDERS
+from fdg_keras.linearize import STASHES
+from fdg_keras.optimizers import check_optimizer
+
+
+def check_settings(delay: Any, stash: Any, order: Any) -> None:
+    """Checks arguments of `Trainer`.
+
+    Raises:
+        ValueError: If one is out of range.
+    """
+    if isinstance(delay, bool) or not isinstance(delay, int) or delay < 0:
+        raise ValueError(
+            "Expected `delay` to be the batches of delay per hop: 0 (locked, "
+            f"as `model.fit`), 1 (DDG), 2 (FDG) or more. Received: {delay!r}"
+        )
+    if stash not in STASHES:
+        raise ValueError(
+            f"Expected `stash` to be one of {STASHES}. Received: {stash!r}"
+        )
+    if order not in ORDERS:
+        raise ValueError(
+            f"Expected `order` to be one of {ORDERS}. Received: {order!r}"
+        )
+
+
+def check_model(model: Any) -> None:
+    """Checks that a model can be trained in stages, before it is sliced.
+
+    Raises:
+        ValueError: If it is no Keras model, is not compiled, overrides a part
+            of Keras' training step, or was compiled with something that
+            cannot be done in stages.
+    """
+    if not isinstance(model, keras.Model):
+        raise ValueError(
+            "Expected `model` to be a compiled `keras.Model`. Received: "
+            f"{model!r} of type {type(model).__name__}"
+        )
+    for name in (
+        "train_step",
+        "test_step",
+        "predict_step",
+        "compute_loss",
+        "compute_metrics",
+    ):
+        if getattr(type(model), name) is not getattr(keras.Model, name):
+            raise ValueError(
+                f"{type(model).__name__} overrides `{name}`, which decoupled "
+                "stages cannot run: no stage has the whole model. Put the "
+                "computation into layers, `add_loss`, a compiled loss or "
+                "compiled metrics. Received: "
+                f"{model!r}"
+            )
+    if not model.compiled:
+        raise ValueError(
+            "The model is not compiled. Call `model.compile(optimizer, loss)` "
+            f"before training it in stages. Received: {model!r}"
+        )
+    check_optimizer(model.optimizer)
+    if model.run_eagerly:
+        raise ValueError(
+            "Stages run as compiled loops, so `run_eagerly=True` is not "
+            "supported. Debug with `model.fit`, or compile the model with "
+            "`run_eagerly=False`."
+        )
