@@ -7,7 +7,7 @@ changes it fails there, by name, and not in somebody's training run.
 Checked against Keras 3.15 on TensorFlow 2.21.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import keras
@@ -15,7 +15,6 @@ import tensorflow as tf
 from keras.src import backend as _backend
 from keras.src import tree as tree
 from keras.src.models.functional import Functional, operation_fn
-from keras.src.ops.function import Function
 from keras.src.ops.node import Node as Call
 from keras.src.trainers import data_adapters as _data_adapters
 from keras.src.trainers.data_adapters import array_slicing as _array_slicing
@@ -67,7 +66,9 @@ def fill_in(call: Call, tensors: Mapping[int, Any]) -> tuple[tuple, dict]:
     return call.arguments.fill_in(tensors)
 
 
-def run_operation(operation: Any, args: tuple, kwargs: dict, training: bool):
+def run_operation(
+    operation: Any, args: tuple, kwargs: dict, training: bool
+) -> Any:
     """Calls an operation as `Functional.call` does.
 
     Private: `operation_fn`, which injects `training` into every operation
@@ -163,7 +164,7 @@ def record_slots(
     made = []
     original = optimizer.add_variable_from_reference
 
-    def recording(reference_variable, *args, **kwargs):
+    def recording(reference_variable: Any, *args: Any, **kwargs: Any) -> Any:
         slot = original(reference_variable, *args, **kwargs)
         made.append((reference_variable, slot))
         return slot
@@ -198,7 +199,9 @@ def loss_tracker(model: keras.Model) -> keras.metrics.Mean:
     return model._loss_tracker
 
 
-def build_losses_and_metrics(model, y, y_pred, sample_weight) -> None:
+def build_losses_and_metrics(
+    model: keras.Model, y: Any, y_pred: Any, sample_weight: Any
+) -> None:
     """Creates the state of the compiled loss and metrics.
 
     Private: `backend.compute_output_spec`, `_compile_loss`,

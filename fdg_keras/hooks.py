@@ -5,7 +5,7 @@ from typing import Any
 
 import keras
 
-from fdg_keras.pipeline import Pace
+from fdg_keras.conductor import Pace
 
 
 class Hooks:

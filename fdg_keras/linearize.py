@@ -66,14 +66,14 @@ class Linearized:
     ):
         self._device = device
 
-        def trace(weights, state, inputs):
-            with tf.device(device), tf.name_scope("forward"):
-                with tf.GradientTape() as tape:
-                    tape.watch([*weights, *filter(is_float, inputs)])
-                    result = pure(weights, state, inputs)
-                    # An output that is an argument must be a tensor of its
-                    # own to be fetched, and to be told from the argument.
-                    result.outputs = [tf.identity(t) for t in result.outputs]
+        def trace(weights: list, state: list, inputs: list) -> list:
+            tape = tf.GradientTape()
+            with tf.device(device), tf.name_scope("forward"), tape:
+                tape.watch([*weights, *filter(is_float, inputs)])
+                result = pure(weights, state, inputs)
+                # An output that is an argument must be a tensor of its own to
+                # be fetched, and to be told from the argument.
+                result.outputs = [tf.identity(t) for t in result.outputs]
             self._tape = tape
             self._arguments = (weights, state, inputs)
             self._result = result
@@ -154,7 +154,9 @@ class Linearized:
         weights, state, inputs = self._arguments
         result = self._result
         with self._wrapped.graph.as_default(), tf.device(self._device):
-            own_loss = [tf.add_n(result.own_losses)] if self.has_own_loss else []
+            own_loss = (
+                [tf.add_n(result.own_losses)] if self.has_own_loss else []
+            )
         changed = [result.new_state[i] for i in self._changed_state]
         return self._wrapped.prune(
             [*weights, *state, *inputs],
@@ -176,7 +178,9 @@ class Linearized:
         ]
         own_losses = self._result.own_losses
         with self._wrapped.graph.as_default(), tf.device(self._device):
-            given = [tf.compat.v1.placeholder(t.dtype, t.shape) for t in outputs]
+            given = [
+                tf.compat.v1.placeholder(t.dtype, t.shape) for t in outputs
+            ]
             ones = [tf.ones_like(t) for t in own_losses]
             with tf.name_scope("backward"):
                 gradients = self._tape.gradient(
@@ -257,7 +261,7 @@ class Cut:
     def stash(
         self, arguments: Sequence[tf.Tensor], made: Sequence[tf.Tensor]
     ) -> list[tf.Tensor]:
-        """Returns the stash of a batch from a forward's arguments and results."""
+        """Returns a batch's stash, from what its forward got and made."""
         rest = iter(made)
         return [
             next(rest) if position is None else arguments[position]
@@ -271,9 +275,7 @@ def is_float(tensor: Any) -> bool:
 
 
 def _identity(gradient: Any) -> Any:
-    return tf.nest.map_structure(
-        tf.identity, gradient, expand_composites=True
-    )
+    return tf.nest.map_structure(tf.identity, gradient, expand_composites=True)
 
 
 def _reach(tensors: Sequence[tf.Tensor], cut: set[str]) -> list[tf.Tensor]:

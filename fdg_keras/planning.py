@@ -112,7 +112,7 @@ def choose_cuts(graph: Graph, splits: Any) -> list[int]:
     """
     if isinstance(splits, Plan):
         return _cuts_of_plan(graph, splits)
-    if isinstance(splits, bool) or isinstance(splits, (str, float)):
+    if isinstance(splits, (bool, str, float)):
         raise ValueError(_bad_splits(splits))
     if isinstance(splits, int):
         return _balanced(graph, splits)

@@ -12,6 +12,7 @@ keeps skips, shared layers, masks and several inputs exact and leaves the
 user's model untouched.
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -196,7 +197,7 @@ def cut_graph(graph: Graph, cuts: Sequence[int]) -> list[Slice]:
     """
     edges = [-1, *cuts, len(graph.nodes) - 1]
     parts = [
-        tuple(graph.nodes[a + 1 : b + 1]) for a, b in zip(edges, edges[1:])
+        tuple(graph.nodes[a + 1 : b + 1]) for a, b in itertools.pairwise(edges)
     ]
     slices: list[Slice] = []
     needed = list(graph.outputs)  # by the parts after the current one
@@ -276,11 +277,11 @@ def _unsliceable(model: Any) -> str:
         )
     return (
         "Only Functional and Sequential models whose `call` is Keras' own can "
-        "be sliced: a subclassed model does not tell which layers follow which. "
-        "Make it functional: `inputs = keras.Input(shape); model = keras.Model("
-        "inputs, outputs)`, calling its layers on `inputs`. If its `call` uses "
-        "only layers and `keras.ops`, `keras.Model(inputs, subclassed.call("
-        f"inputs))` keeps its variables. {received}"
+        "be sliced: other models do not tell which layer follows which. Make "
+        "it functional: call its layers on `keras.Input(shape)`, and return "
+        "`keras.Model(inputs, outputs)`. If `call` uses only layers and "
+        "`keras.ops`, `keras.Model(inputs, model.call(inputs))` is enough, "
+        f"and keeps the variables. {received}"
     )
 
 

@@ -5,11 +5,12 @@ a `Crew` never blocks in anything but a Python queue, so that Ctrl-C always
 reaches it.
 """
 
+import contextlib
 import queue
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 # A thread that is asked to stop ends at its next hand-off. One that has not
@@ -74,7 +75,10 @@ class Crew:
             if self._stopping.is_set():
                 return
             self._stopping.set()
-        self._release()
+        # What fails from here on is a consequence. Raised, it would keep the
+        # failure that came first from being received.
+        with contextlib.suppress(Exception):
+            self._release()
 
     def _run(self, target: Callable[[], None]) -> None:
         try:
@@ -105,7 +109,7 @@ class Crew:
     def __enter__(self) -> "Crew":
         return self
 
-    def __exit__(self, kind, error, traceback) -> None:
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         if error is not None:
             self.stop()
         self._join()
@@ -129,7 +133,7 @@ class Inbox:
         """Ends iteration, after the messages that were put before."""
         self._messages.put(self._CLOSED)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Any]:
         """Yields messages as they come, until the inbox is closed."""
         while (message := self._messages.get()) is not self._CLOSED:
             yield message

@@ -7,14 +7,13 @@ import keras
 import numpy as np
 
 from fdg_keras import _keras, planning, transforms
-from fdg_keras.data import Batches, Spec
+from fdg_keras.data import Batches
 from fdg_keras.delays import Order
+from fdg_keras.deployment import Deployment, Mode
 from fdg_keras.hooks import Hooks, as_floats, capped_epochs, validates
 from fdg_keras.linearize import Stash
-from fdg_keras.objective import Objective
-from fdg_keras.optimizers import StageOptimizers
-from fdg_keras.pipeline import Pipeline, Settings
-from fdg_keras.placement import Relocation, resolve_devices
+from fdg_keras.pipeline import Settings
+from fdg_keras.placement import resolve_devices
 from fdg_keras.slicing import cut_graph, trace_graph
 from fdg_keras.transforms import GradientTransformer
 from fdg_keras.validation import check_model, check_settings
@@ -27,7 +26,8 @@ class Trainer:
     trained by its own thread. Stage k (k = 0 ... K-1) updates its weights with
     gradients that are `d_k = delay * (K - 1 - k)` batches late:
 
-        w_k[t+1] = w_k[t] - lr * beta**(K-1-k) * grad f_k(batch t-d_k; w_k[t-d_k])
+        w_k[t+1] = w_k[t] - lr * beta**(K-1-k) * g_k[t-d_k],
+        g_k[b] = the gradient for batch b at w_k[b],
 
     with the optimizer the model was compiled with in place of plain SGD, and
     beta = `shrink`. Source: arXiv 1906.09108, there with modules counted from
@@ -81,15 +81,13 @@ class Trainer:
         transform = transforms.get(shrink)
         check_model(model)
         self.model = model
-        self._settings = Settings(delay, order, stash, transform)
-        self._graph = trace_graph(model)
-        cuts = planning.choose_cuts(self._graph, splits)
-        self._devices = resolve_devices(devices, len(cuts) + 1)
-        self._slices = cut_graph(self._graph, cuts)
-        self.plan = planning.make_plan(self._graph, self._slices, self._devices)
-        self._relocation = Relocation()
-        self._pipelines: dict[str, tuple[Any, Pipeline]] = {}
-        self._optimizers: StageOptimizers | None = None
+        self._graph = graph = trace_graph(model)
+        cuts = planning.choose_cuts(graph, splits)
+        names = resolve_devices(devices, len(cuts) + 1)
+        slices = cut_graph(graph, cuts)
+        self.plan = planning.make_plan(graph, slices, names)
+        settings = Settings(delay, order, stash, transform)
+        self._deployment = Deployment(model, graph, slices, names, settings)
 
     def fit(
         self,
@@ -153,13 +151,13 @@ class Trainer:
                 batch_size=validation_batch_size or batch_size,
                 shuffle=False,
             )
-        with self._relocation:
-            pipeline = self._pipeline("train", batches.spec)
+        with self._deployment:
+            # Slots exist and are in place before callbacks look at them.
+            self._deployment.build("train", batches.spec)
             hooks = Hooks(
                 self.model, callbacks, verbose, epochs, batches.steps, True
             )
             return self._epochs(
-                pipeline,
                 batches,
                 validation,
                 hooks,
@@ -193,7 +191,7 @@ class Trainer:
             batch_size=batch_size,
             shuffle=False,
         )
-        with self._relocation:
+        with self._deployment:
             logs = self._test(
                 batches, Hooks(self.model, callbacks, verbose, 1, batches.steps)
             )
@@ -221,8 +219,8 @@ class Trainer:
         hooks = Hooks(self.model, callbacks, verbose, 1, batches.steps)
         count = len(self._graph.outputs)
         parts: list[list[np.ndarray]] = []
-        with self._relocation:
-            pipeline = self._pipeline("predict", batches.spec)
+        with self._deployment:
+            pipeline = self._deployment.build("predict", batches.spec).pipeline
             self.model.stop_predicting = False
 
             def end(batch: int, _: dict) -> bool:
@@ -232,7 +230,7 @@ class Trainer:
                 return self.model.stop_predicting
 
             hooks.callbacks.on_predict_begin()
-            self._run(pipeline, batches, "predict", hooks, end)
+            self._run("predict", batches, hooks, end)
             hooks.callbacks.on_predict_end()
         whole = [np.concatenate(column) for column in zip(*parts)]
         return _keras.pack_outputs(self._graph.functional, whole)
@@ -241,7 +239,6 @@ class Trainer:
 
     def _epochs(
         self,
-        pipeline: Pipeline,
         batches: Batches,
         validation: Batches | None,
         hooks: Hooks,
@@ -263,9 +260,7 @@ class Trainer:
         for epoch in range(first, epochs):
             model.reset_metrics()
             callbacks.on_epoch_begin(epoch)
-            self._optimizers.pull()
-            self._run(pipeline, batches, "train", hooks, end)
-            self._optimizers.push()
+            self._run("train", batches, hooks, end)
             logs = as_floats(model.get_metrics_result())
             if validation is not None and validates(epoch, validation_freq):
                 tested = self._test(validation, hooks)
@@ -281,7 +276,6 @@ class Trainer:
     def _test(self, batches: Batches, hooks: Hooks) -> dict[str, float]:
         """Runs `evaluate`, or the validation of `fit`."""
         model = self.model
-        pipeline = self._pipeline("test", batches.spec)
         model.stop_evaluating = False
 
         def end(batch: int, metrics: dict) -> bool:
@@ -290,77 +284,22 @@ class Trainer:
 
         hooks.callbacks.on_test_begin()
         model.reset_metrics()
-        self._run(pipeline, batches, "test", hooks, end)
+        self._run("test", batches, hooks, end)
         logs = as_floats(model.get_metrics_result())
         hooks.callbacks.on_test_end(logs)
         return logs
 
     def _run(
         self,
-        pipeline: Pipeline,
+        mode: Mode,
         batches: Batches,
-        mode: str,
         hooks: Hooks,
         end: Callable[[int, dict], bool],
     ) -> None:
-        """Runs all stages over one epoch of batches."""
-        rate = self._optimizers.learning_rate if mode == "train" else None
-        with batches.epoch() as epoch:
-            pipeline.run(
-                epoch,
-                hooks.pace(mode),
-                rate or (lambda: 0.0),
-                lambda batch: hooks.begin(mode, batch),
-                end,
-            )
+        def begin(batch: int) -> None:
+            hooks.begin(mode, batch)
 
-    def _pipeline(self, mode: str, spec: Spec) -> Pipeline:
-        """Returns the pipeline for batches like `spec`, built if need be.
-
-        The variables must be on their devices.
-        """
-        model = self.model
-        compiled = () if mode == "predict" else _keras.compiled_parts(model)
-        trainable = [v for part in self._slices for v in part.trainable_variables]
-        key = (spec, [id(c) for c in compiled], [id(v) for v in trainable])
-        cached = self._pipelines.get(mode)
-        if cached and cached[0] == key and not cached[1].broken:
-            return cached[1]
-        objective = None
-        if mode != "predict":
-            objective = Objective(model, self._graph, self._slices, spec)
-        self._relocate()
-        optimizers = None
-        if mode == "train":
-            optimizers = self._optimizers = StageOptimizers(
-                model.optimizer,
-                model.trainable_variables,
-                [part.trainable_variables for part in self._slices],
-                self._devices,
-                self._relocation,
-            )
-        pipeline = Pipeline(
-            self._graph,
-            self._slices,
-            self._devices,
-            spec,
-            self._settings if mode == "train" else None,
-            optimizers.stages if optimizers else [],
-            objective,
-        )
-        # What was compiled is kept too, so that no `id` is used again.
-        self._pipelines[mode] = (key, pipeline)
-        self._kept_alive = compiled
-        return pipeline
-
-    def _relocate(self) -> None:
-        """Moves the variables of layers and metrics to their stages."""
-        for part, device in zip(self._slices, self._devices):
-            for variable in part.trainable_variables + part.state_variables:
-                self._relocation.move(variable, device)
-        for metric in self.model.metrics:
-            for variable in metric.variables:
-                self._relocation.move(variable, self._devices[-1])
+        self._deployment.run(mode, batches, hooks.pace(mode), begin, end)
 
 
 def fit(

@@ -66,7 +66,7 @@ class GradientShrinking:
                 "gradient is multiplied at each hop (1 switches shrinking "
                 f"off), or a gradient transformer. Received: {beta!r}"
             )
-        self.beta = float(beta)
+        self.beta: float = float(beta)
 
     def __call__(self, gradients: Sequence[tf.Tensor]) -> Sequence[tf.Tensor]:
         if self.beta == 1:

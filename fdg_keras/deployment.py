@@ -1,0 +1,147 @@
+"""A sliced model on its devices, with a pipeline for each way to run it."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import keras
+
+from fdg_keras import _keras
+from fdg_keras.conductor import Conductor, Pace
+from fdg_keras.data import Batches, Spec
+from fdg_keras.objective import Objective
+from fdg_keras.optimizers import StageOptimizers
+from fdg_keras.pipeline import Pipeline, Settings
+from fdg_keras.placement import Relocation
+from fdg_keras.slicing import Graph, Slice
+
+Mode = Literal["train", "test", "predict"]
+
+
+@dataclass(frozen=True)
+class Built:
+    """A pipeline, and what it was built for."""
+
+    spec: Spec
+    compiled: tuple
+    trainable: list[list[keras.Variable]]
+    pipeline: Pipeline
+    optimizers: StageOptimizers | None
+
+    def serves(self, spec: Spec, compiled: tuple, trainable: list) -> bool:
+        """Whether it can be used for this, too."""
+        mine = [*self.compiled, *itertools.chain(*self.trainable)]
+        others = [*compiled, *itertools.chain(*trainable)]
+        return (
+            not self.pipeline.broken
+            and self.spec == spec
+            and len(mine) == len(others)
+            and all(a is b for a, b in zip(mine, others))
+        )
+
+
+class Deployment:
+    """A sliced model on its devices.
+
+    Pipelines are built when they are first needed, and kept. Use it as a
+    context manager: within, the stages' variables are on their devices.
+    Contexts nest.
+
+    Args:
+        model: A compiled model.
+        graph: The same model, as a graph.
+        slices: Its stages.
+        devices: Where they run.
+        settings: How to train.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        graph: Graph,
+        slices: Sequence[Slice],
+        devices: Sequence[str],
+        settings: Settings,
+    ):
+        self._model = model
+        self._graph = graph
+        self._slices = slices
+        self._devices = devices
+        self._settings = settings
+        self._relocation = Relocation()
+        self._built: dict[Mode, Built] = {}
+
+    def __enter__(self) -> "Deployment":
+        self._relocation.__enter__()
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self._relocation.__exit__(*details)
+
+    def run(
+        self,
+        mode: Mode,
+        batches: Batches,
+        pace: Pace,
+        begin: Callable[[int], None],
+        end: Callable[[int, dict], bool],
+    ) -> None:
+        """Runs one epoch, within the context. See `Conductor.run`."""
+        built = self.build(mode, batches.spec)
+        conductor = Conductor(built.pipeline, pace)
+        with batches.epoch() as epoch:
+            if built.optimizers is None:
+                conductor.run(epoch, begin=begin, end=end)
+                return
+            built.optimizers.pull()
+            rate = built.optimizers.learning_rate
+            conductor.run(epoch, rate, begin, end)
+            built.optimizers.push()
+
+    def build(self, mode: Mode, spec: Spec) -> Built:
+        """Returns what runs batches like `spec`, built if need be.
+
+        To be called within the context.
+        """
+        model = self._model
+        compiled = () if mode == "predict" else _keras.compiled_parts(model)
+        trainable = [part.trainable_variables for part in self._slices]
+        built = self._built.get(mode)
+        if built is not None and built.serves(spec, compiled, trainable):
+            return built
+        objective = None
+        if mode != "predict":
+            objective = Objective(model, self._graph, self._slices, spec)
+        self._relocate()
+        optimizers = None
+        if mode == "train":
+            optimizers = StageOptimizers(
+                model.optimizer,
+                model.trainable_variables,
+                trainable,
+                self._devices,
+                self._relocation,
+            )
+        pipeline = Pipeline(
+            self._graph,
+            self._slices,
+            self._devices,
+            spec,
+            self._settings if mode == "train" else None,
+            optimizers.stages if optimizers else [],
+            objective,
+        )
+        self._built[mode] = Built(
+            spec, compiled, trainable, pipeline, optimizers
+        )
+        return self._built[mode]
+
+    def _relocate(self) -> None:
+        """Moves the variables of layers and metrics to their stages."""
+        for part, device in zip(self._slices, self._devices):
+            for variable in part.trainable_variables + part.state_variables:
+                self._relocation.move(variable, device)
+        for metric in self._model.metrics:
+            for variable in metric.variables:
+                self._relocation.move(variable, self._devices[-1])

@@ -1,0 +1,317 @@
+"""The compiled loop of one stage: no Python for each tick."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from fdg_keras import _keras
+from fdg_keras.delays import Order
+from fdg_keras.links import Link
+from fdg_keras.objective import Objective
+from fdg_keras.placement import host_of
+from fdg_keras.stages import Stage
+from fdg_keras.transforms import GradientTransformer
+
+
+@dataclass
+class Ports:
+    """The links of one stage; `None` where there is none.
+
+    Attributes:
+        feeds: Producer: the feeder. Model inputs this stage uses.
+        targets: Producer: the feeder. Last stage only, see `Objective`.
+        activations_in: Producer: the stage before.
+        activations_out: Consumer: the stage after, or for `predict` the
+            caller.
+        gradients_in: Producer: the stage after.
+        gradients_out: Consumer: the stage before.
+    """
+
+    feeds: Link | None = None
+    targets: Link | None = None
+    activations_in: Link | None = None
+    activations_out: Link | None = None
+    gradients_in: Link | None = None
+    gradients_out: Link | None = None
+
+    def all(self) -> list[Link]:
+        """Returns the links there are."""
+        return [link for link in vars(self).values() if link is not None]
+
+
+@dataclass
+class Report:
+    """What one call of a stage's loop returns.
+
+    Attributes:
+        waited_activations: Seconds waited for activations or data.
+        waited_gradients: Seconds waited for gradients.
+        metrics: Metric values at the end, last stage only.
+    """
+
+    waited_activations: tf.Tensor
+    waited_gradients: tf.Tensor
+    metrics: dict[str, tf.Tensor] = field(default_factory=dict)
+
+
+class Loop:
+    """The compiled loop of a stage.
+
+    Runs `fill` ticks of a forward, `steady` ticks of a forward and a backward,
+    `drain` ticks of a backward, as `delays.turns` counts them. Within a tick
+    things happen in sequence, so that a stage that is stopped at a link has
+    finished all it did before.
+
+    Args:
+        stage: What to run. Its variables are on its device.
+        ports: The stage's links.
+        objective: The loss and metrics, for the last stage.
+        optimizer: Built on the stage's trainable variables; `None` if not
+            training.
+        transform: Applied to gradients that arrive over a link.
+        late: d_k, the delay of the stage in batches.
+        order: Whether F or B comes first in a tick.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        ports: Ports,
+        objective: Objective | None = None,
+        optimizer: keras.optimizers.Optimizer | None = None,
+        transform: GradientTransformer | None = None,
+        late: int = 0,
+        order: Order = "forward_first",
+    ):
+        self._stage = stage
+        self._cut = cut = stage.pair
+        self._ports = ports
+        self._objective = objective
+        self._optimizer = optimizer
+        self._transform = transform
+        self._late = late if stage.has_backward else 0
+        self._update_first = order == "update_first" and self._late > 0
+        self._host = host_of(stage.device)
+        self._weights = [_keras.get_storage(v) for v in stage.weights]
+        self._state = [_keras.get_storage(v) for v in stage.state]
+        with tf.device(self._host):
+            self._forwards = tf.Variable(0, dtype=tf.int64, trainable=False)
+            self._backwards = tf.Variable(0, dtype=tf.int64, trainable=False)
+        self._stash = None
+        if self._late:
+            # Producer and consumer: this stage. `late` batches wait in it,
+            # and one more between F and B of one tick. On the device.
+            self._stash = Link(
+                cut.stash_specs,
+                self._late + 1,
+                stage.device,
+                f"stash_{stage.index}",
+            )
+        self._function = self._trace()
+
+    def __call__(
+        self, fill: int, steady: int, drain: int, learning_rate: float
+    ) -> Report:
+        """Runs some ticks. Blocks; call it from the stage's own thread."""
+        return Report(
+            *self._function(
+                tf.constant(fill),
+                tf.constant(steady),
+                tf.constant(drain),
+                tf.constant(learning_rate, tf.float32),
+            )
+        )
+
+    @property
+    def links(self) -> list[Link]:
+        """All links this loop may wait for."""
+        stash = [] if self._stash is None else [self._stash]
+        return self._ports.all() + stash
+
+    @property
+    def late(self) -> int:
+        """How many batches B follows F by, in this loop."""
+        return self._late
+
+    def reset(self) -> None:
+        """Starts counting batches from 0 again."""
+        self._forwards.assign(0)
+        self._backwards.assign(0)
+
+    def position(self) -> str:
+        """Says which batch is in progress, and in which pass."""
+        forwards, backwards = int(self._forwards), int(self._backwards)
+        in_backward = forwards - backwards > self._late
+        if in_backward and self._stage.has_backward:
+            return f"backward or update of batch {backwards}"
+        return f"forward of batch {forwards}"
+
+    # -- Tracing --------------------------------------------------------------
+
+    def _trace(self) -> Callable[..., Any]:
+        def run(
+            fill: Any, steady: Any, drain: Any, learning_rate: Any
+        ) -> tuple:
+            with tf.device(self._stage.device):
+                self._set_learning_rate(learning_rate)
+                waited = [_no_time()] * 2
+                if self._late:
+                    waited = self._repeat(fill, waited, self._forward_only)
+                waited = self._repeat(steady, waited, self._steady)
+                if self._late:
+                    waited = self._repeat(drain, waited, self._backward_only)
+                metrics = self._objective.results() if self._objective else {}
+            return *waited, metrics
+
+        count = tf.TensorSpec((), tf.int32)
+        function = tf.function(run, autograph=False)
+        return function.get_concrete_function(
+            count, count, count, tf.TensorSpec((), tf.float32)
+        )
+
+    def _repeat(
+        self, count: tf.Tensor, waited: list, tick: Callable[[], list]
+    ) -> list:
+        def body(i: Any, for_activations: Any, for_gradients: Any) -> list:
+            a, g = tick()
+            with tf.device(self._host):
+                return [i + 1, for_activations + a, for_gradients + g]
+
+        _, *waited = tf.while_loop(
+            lambda i, *_: i < count,
+            body,
+            [tf.constant(0), *waited],
+            # The next tick starts when this one has ended, updates and all.
+            parallel_iterations=1,
+        )
+        return waited
+
+    def _forward_only(self) -> list:
+        waited, _, done = self._forward()
+        with tf.control_dependencies(done):
+            return [waited, _no_time()]
+
+    def _backward_only(self) -> list:
+        return [_no_time(), self._backward()]
+
+    def _steady(self) -> list:
+        if self._update_first:
+            for_gradients = self._backward()
+            with tf.control_dependencies([for_gradients]):
+                for_activations, _, _ = self._forward()
+            return [for_activations, for_gradients]
+        for_activations, kept, done = self._forward()
+        if not self._stage.has_backward:
+            return [for_activations, _no_time()]
+        return [for_activations, self._backward(kept, done)]
+
+    def _forward(self) -> tuple[tf.Tensor, tuple, list[tf.Operation]]:
+        """Traces F.
+
+        Returns:
+            Seconds waited; what B needs if it follows in the same tick (the
+            stash and the gradients of the loss); operations to wait for.
+        """
+        stage, ports = self._stage, self._ports
+        sources = [ports.feeds, ports.activations_in, ports.targets]
+        waited, (feeds, received, targets) = self._wait_for(sources, [])
+        own_loss = []
+        if stage.incoming.has_loss:
+            *received, loss = received
+            own_loss = [loss]
+        weights = [w.read_value() for w in self._weights]
+        state = [s.read_value() for s in self._state]
+        arguments = [*weights, *state, *feeds, *received]
+        outputs, own, new_state, made = self._cut.forward(*arguments)
+        own_loss = [tf.add_n([*own_loss, *own])] if own_loss or own else []
+        for i, value in zip(self._cut.changed_state, new_state):
+            self._state[i].assign(value)
+        done = []
+        if ports.activations_out is not None:
+            done += ports.activations_out.enqueue([*outputs, *own_loss])
+        gradients: list[tf.Tensor | None] = []
+        if self._objective is not None:
+            count = len(stage.slice.sends)
+            gradients = self._objective.update(
+                outputs[:count],
+                own_loss[0] if own_loss else None,
+                targets,
+                stage.training,
+            )
+        stash = self._cut.stash(arguments, made)
+        if self._stash is not None:
+            done += self._stash.enqueue(stash)
+        with tf.control_dependencies(done + list(outputs)):
+            done.append(self._forwards.assign_add(1, read_value=False))
+        return waited, (stash, gradients), done
+
+    def _backward(
+        self, kept: tuple[list, list] = ([], []), after: Sequence = ()
+    ) -> tf.Tensor:
+        """Traces B and the update.
+
+        Args:
+            kept: What `_forward` returned if B follows F of the same batch in
+                the same tick.
+            after: Operations that must have ended before it waits.
+
+        Returns:
+            Seconds waited.
+        """
+        ports = self._ports
+        waited, (gradients,) = self._wait_for([ports.gradients_in], after)
+        if gradients and self._transform is not None:
+            gradients = list(self._transform(gradients))
+        stash, of_loss = kept
+        if self._stash is not None:
+            stash = self._stash.dequeue()
+        gradients += [g for g in of_loss if g is not None]
+        anew = self._weights if self._cut.needs_weights else []
+        assert self._cut.backward is not None
+        by_weights, by_inputs = self._cut.backward(
+            *gradients, *stash, *(w.read_value() for w in anew)
+        )
+        if ports.gradients_out is not None:
+            ports.gradients_out.enqueue(by_inputs)
+        if self._optimizer is not None and by_weights:
+            has_gradient = self._cut.weight_has_gradient
+            variables = [
+                v for v, g in zip(self._stage.weights, has_gradient) if g
+            ]
+            self._optimizer.apply(by_weights, variables)
+        self._backwards.assign_add(1, read_value=False)
+        return waited
+
+    def _wait_for(
+        self, links: Sequence[Link | None], after: Sequence
+    ) -> tuple[tf.Tensor, list[list[tf.Tensor]]]:
+        """Traces a dequeue from each link, and how long that waits.
+
+        Returns:
+            Seconds, and for each link its tensors (none for no link).
+        """
+        if not any(links):
+            return _no_time(), [[] for _ in links]
+        with tf.device(self._host), tf.control_dependencies(after):
+            start = tf.timestamp()
+        with tf.control_dependencies([start]):
+            found = [link.dequeue() if link else [] for link in links]
+        tensors = [t for group in found for t in group]
+        with tf.device(self._host), tf.control_dependencies(tensors):
+            # The wall clock may be set back.
+            waited = tf.maximum(tf.timestamp() - start, 0.0)
+        return waited, found
+
+    def _set_learning_rate(self, learning_rate: tf.Tensor) -> None:
+        if self._optimizer is None:
+            return
+        source = _keras.learning_rate_of(self._optimizer)
+        if isinstance(source, keras.Variable):
+            source.assign(learning_rate)
+
+
+def _no_time() -> tf.Tensor:
+    return tf.zeros((), tf.float64)
