@@ -141,6 +141,9 @@ class Conductor:
                 crew.start(f"fdg-stage-{k}", self._worker(crew, k, inbox))
             try:
                 self._announce(crew, orders, epoch, learning_rate, begin, end)
+            except KeyboardInterrupt as error:
+                error.add_note(f"Interrupted in this epoch: {self._where()}.")
+                raise
             finally:
                 orders.close()
                 for inbox in inboxes:
@@ -168,7 +171,7 @@ class Conductor:
         announce(self._ahead() - 1)
         while not last:
             position = epoch.drawn
-            if received < announced or not epoch.stopped:
+            if not epoch.stopped:
                 with _noting(f"in a callback, before batch {position}"):
                     begin(position)
             announce(self._ahead())
@@ -179,16 +182,23 @@ class Conductor:
             last = window.last
             epoch.drawn = position = window.stop
             self._pace.measure(window.stop - window.start)
-            if window.stop > window.start:
+            if window.stop > window.start and not epoch.stopped:
                 metrics = {k: float(v) for k, v in report.metrics.items()}
                 with _noting(f"in a callback, after batch {position - 1}"):
                     stop = end(position - 1, metrics)
-                if stop and not epoch.stopped:
+                if stop:
                     epoch.stopped = True
                     orders.close()
         while drained < len(self._pipeline.stages):
             crew.receive()
             drained += 1
+
+    def _where(self) -> str:
+        """Says what each stage is doing."""
+        loops = self._pipeline.loops
+        return "; ".join(
+            f"stage {k} at {loop.position()}" for k, loop in enumerate(loops)
+        )
 
     def _ahead(self) -> int:
         pipeline = self._pipeline

@@ -14,7 +14,7 @@ the tensors of that set are the stash. The stash mode decides where to cut:
 Knows nothing of Keras or of threads.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -283,14 +283,20 @@ def _reach(tensors: Sequence[tf.Tensor], cut: set[str]) -> list[tf.Tensor]:
     # By name: an operation hands out its tensors as new Python objects.
     reached: dict[str, tf.Tensor] = {}
     seen: set[str] = set()
-    stack = list(tensors)
-    while stack:
-        tensor = stack.pop()
-        if tensor.name in cut:
-            reached[tensor.name] = tensor
-        elif tensor.op.name not in seen:
-            seen.add(tensor.op.name)
-            stack.extend(tensor.op.inputs)
-            for control in tensor.op.control_inputs:
-                stack.extend(control.outputs)
+    operations: list[tf.Operation] = []
+
+    def visit(needed: Iterable[tf.Tensor]) -> None:
+        for tensor in needed:
+            if tensor.name in cut:
+                reached[tensor.name] = tensor
+            else:
+                operations.append(tensor.op)
+
+    visit(tensors)
+    while operations:
+        op = operations.pop()
+        if op.name not in seen:
+            seen.add(op.name)
+            visit(op.inputs)
+            operations.extend(op.control_inputs)
     return list(reached.values())

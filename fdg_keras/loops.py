@@ -100,6 +100,7 @@ class Loop:
         with tf.device(self._host):
             self._forwards = tf.Variable(0, dtype=tf.int64, trainable=False)
             self._backwards = tf.Variable(0, dtype=tf.int64, trainable=False)
+        self._forwards_due = 0
         self._stash = None
         if self._late:
             # Producer and consumer: this stage. `late` batches wait in it,
@@ -110,12 +111,14 @@ class Loop:
                 stage.device,
                 f"stash_{stage.index}",
             )
+        self._update = tf.function(self._apply, autograph=False)
         self._function = self._trace()
 
     def __call__(
         self, fill: int, steady: int, drain: int, learning_rate: float
     ) -> Report:
         """Runs some ticks. Blocks; call it from the stage's own thread."""
+        self._forwards_due += fill + steady
         return Report(
             *self._function(
                 tf.constant(fill),
@@ -138,14 +141,20 @@ class Loop:
 
     def reset(self) -> None:
         """Starts counting batches from 0 again."""
+        self._forwards_due = 0
         self._forwards.assign(0)
         self._backwards.assign(0)
 
     def position(self) -> str:
         """Says which batch is in progress, and in which pass."""
         forwards, backwards = int(self._forwards), int(self._backwards)
-        in_backward = forwards - backwards > self._late
-        if in_backward and self._stage.has_backward:
+        # Between F and B of a tick there is one more batch in the stage than
+        # between ticks; once there is no F left, there is only B.
+        between = self._late - self._update_first
+        backward = forwards - backwards > between or (
+            forwards == self._forwards_due > backwards
+        )
+        if backward and self._stage.has_backward:
             return f"backward or update of batch {backwards}"
         return f"forward of batch {forwards}"
 
@@ -226,10 +235,13 @@ class Loop:
         state = [s.read_value() for s in self._state]
         arguments = [*weights, *state, *feeds, *received]
         outputs, own, new_state, made = self._cut.forward(*arguments)
+        outputs = _ends(outputs)
         own_loss = [tf.add_n([*own_loss, *own])] if own_loss or own else []
-        for i, value in zip(self._cut.changed_state, new_state):
-            self._state[i].assign(value)
-        done = []
+        with tf.control_dependencies(outputs):
+            done = [
+                self._state[i].assign(value, read_value=False)
+                for i, value in zip(self._cut.changed_state, new_state)
+            ]
         if ports.activations_out is not None:
             done += ports.activations_out.enqueue([*outputs, *own_loss])
         gradients: list[tf.Tensor | None] = []
@@ -244,7 +256,7 @@ class Loop:
         stash = self._cut.stash(arguments, made)
         if self._stash is not None:
             done += self._stash.enqueue(stash)
-        with tf.control_dependencies(done + list(outputs)):
+        with tf.control_dependencies(done + outputs):
             done.append(self._forwards.assign_add(1, read_value=False))
         return waited, (stash, gradients), done
 
@@ -274,16 +286,27 @@ class Loop:
         by_weights, by_inputs = self._cut.backward(
             *gradients, *stash, *(w.read_value() for w in anew)
         )
+        by_weights, by_inputs = _ends(by_weights), _ends(by_inputs)
         if ports.gradients_out is not None:
             ports.gradients_out.enqueue(by_inputs)
-        if self._optimizer is not None and by_weights:
+        # All or nothing: no weight is updated if a gradient fails.
+        ends = tf.nest.flatten([by_weights, by_inputs], expand_composites=True)
+        with tf.control_dependencies(ends):
+            updated = self._update(by_weights)
+        with tf.control_dependencies([updated]):
+            self._backwards.assign_add(1, read_value=False)
+        return waited
+
+    def _apply(self, gradients: list) -> tf.Tensor:
+        """Updates the weights; returns a tensor that can be waited for."""
+        if self._optimizer is not None and gradients:
             has_gradient = self._cut.weight_has_gradient
             variables = [
                 v for v, g in zip(self._stage.weights, has_gradient) if g
             ]
-            self._optimizer.apply(by_weights, variables)
-        self._backwards.assign_add(1, read_value=False)
-        return waited
+            self._optimizer.apply(gradients, variables)
+        # What a function returns waits for what it does.
+        return tf.constant(True)
 
     def _wait_for(
         self, links: Sequence[Link | None], after: Sequence
@@ -315,3 +338,15 @@ class Loop:
 
 def _no_time() -> tf.Tensor:
     return tf.zeros((), tf.float64)
+
+
+def _ends(results: Sequence) -> list:
+    """Returns results of a function as tensors that can be waited for.
+
+    Once a function is inlined, a control edge from its call waits for nothing
+    in it; one from what it returns does.
+    """
+    return [
+        tf.nest.map_structure(tf.identity, result, expand_composites=True)
+        for result in results
+    ]

@@ -69,8 +69,14 @@ class StageOptimizers:
     ):
         check_optimizer(optimizer)
         self._whole = optimizer
-        if not optimizer.built:
-            optimizer.build(list(everything))
+        # Keras' optimizers know a variable by its storage, and must know those
+        # of the model when the model is trained without stages again.
+        with relocation.at_home():
+            if not optimizer.built:
+                optimizer.build(list(everything))
+            self._undecayed = {
+                id(v) for v in everything if not _keras.decays(optimizer, v)
+            }
         built_on = _keras.variables_built_on(optimizer)
         if [id(v) for v in built_on] != [id(v) for v in everything]:
             raise ValueError(
@@ -79,9 +85,6 @@ class StageOptimizers:
                 "others. Call `model.compile` again after changing layers or "
                 "`trainable`."
             )
-        self._undecayed = {
-            id(v) for v in everything if not _keras.decays(optimizer, v)
-        }
         self._slots = _slots_by_key(optimizer.variables)
         self._ranks = _ranks(everything)
         self._shared: set[int] = set()

@@ -1,7 +1,8 @@
 """Where stages run: device names, and moving variables there and back."""
 
+import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import keras
@@ -34,13 +35,9 @@ def resolve_devices(devices: Sequence[str] | None, splits: int) -> list[str]:
     Raises:
         ValueError: If a device does not exist, or the list is empty.
     """
-    known = [d.name for d in tf.config.list_logical_devices()]
+    known = _logical_devices()
     if devices is None:
-        names = [
-            d.name
-            for d in tf.config.list_logical_devices("GPU")
-            or tf.config.list_logical_devices("CPU")
-        ]
+        names = _logical_devices("GPU") or _logical_devices("CPU")
     else:
         if isinstance(devices, str) or not devices:
             raise ValueError(
@@ -98,18 +95,34 @@ class Relocation:
         if self._depth:
             move.go()
 
-    def __enter__(self) -> "Relocation":
-        if not self._depth:
+    @contextlib.contextmanager
+    def at_home(self) -> Iterator[None]:
+        """Brings variables home for a while, if they are away."""
+        depth = self._depth
+        self._leave(depth)
+        try:
+            yield
+        finally:
+            self._enter(depth)
+
+    def _enter(self, depth: int = 1) -> None:
+        if depth and not self._depth:
             for move in self._moves.values():
                 move.go()
-        self._depth += 1
+        self._depth += depth
+
+    def _leave(self, depth: int = 1) -> None:
+        self._depth -= depth
+        if depth and not self._depth:
+            for move in self._moves.values():
+                move.come_back()
+
+    def __enter__(self) -> "Relocation":
+        self._enter()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._depth -= 1
-        if not self._depth:
-            for move in self._moves.values():
-                move.come_back()
+        self._leave()
 
 
 class _Move(NamedTuple):
@@ -124,6 +137,22 @@ class _Move(NamedTuple):
     def come_back(self) -> None:
         self.home.assign(self.away)
         _keras.set_storage(self.variable, self.home)
+
+
+def _logical_devices(kind: str | None = None) -> list[str]:
+    """Returns full names: of local devices TensorFlow lists `/device:CPU:0`."""
+    specs = [
+        tf.DeviceSpec.from_string(device.name)
+        for device in tf.config.list_logical_devices(kind)
+    ]
+    return [
+        (
+            spec
+            if spec.job
+            else spec.replace(job="localhost", replica=0, task=0)
+        ).to_string()
+        for spec in specs
+    ]
 
 
 def _full_name(device: str, known: Sequence[str]) -> str:

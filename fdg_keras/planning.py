@@ -6,6 +6,7 @@ estimates from parameter and operation counts.
 """
 
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,9 @@ from fdg_keras.slicing import Graph, Node, Slice
 # normalization) reads and writes its tensors, at about this many operations'
 # worth of time for each element.
 _OPERATIONS_PER_ELEMENT = 8.0
+
+# What goes without saying in a device's name.
+_HERE = "/job:localhost/replica:0/task:0/device:"
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ class Plan:
             rows.append(
                 (
                     str(k),
-                    stage.device.rpartition("/device:")[2],
+                    stage.device.removeprefix(_HERE),
                     stage.layers[0],
                     stage.layers[-1],
                     str(len(stage.layers)),
@@ -114,8 +118,8 @@ def choose_cuts(graph: Graph, splits: Any) -> list[int]:
         return _cuts_of_plan(graph, splits)
     if isinstance(splits, (bool, str, float)):
         raise ValueError(_bad_splits(splits))
-    if isinstance(splits, int):
-        return _balanced(graph, splits)
+    if isinstance(splits, numbers.Integral):
+        return _balanced(graph, int(splits))
     try:
         names = list(splits)
     except TypeError:

@@ -253,7 +253,12 @@ def _inlinable(graph: Graph, call: Any, bindings: Any) -> Any:
     called with more than tensors in order, stays one opaque node.
     """
     inner = _keras.functional_of(call.operation)
-    if inner is None or call.arguments.kwargs.keys() - {"training"}:
+    if inner is None:
+        return None
+    # Keras adds `mask`, and overrides `training`.
+    kwargs = dict(call.arguments.kwargs)
+    masks = _keras.tree.flatten(kwargs.pop("mask", None))
+    if kwargs.keys() - {"training"} or any(m is not None for m in masks):
         return None
     outer = [graph.symbols[value] for _, value in bindings]
     same = len(outer) == len(inner.inputs) and all(

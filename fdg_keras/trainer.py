@@ -86,7 +86,7 @@ class Trainer:
         names = resolve_devices(devices, len(cuts) + 1)
         slices = cut_graph(graph, cuts)
         self.plan = planning.make_plan(graph, slices, names)
-        settings = Settings(delay, order, stash, transform)
+        settings = Settings(int(delay), order, stash, transform)
         self._deployment = Deployment(model, graph, slices, names, settings)
 
     def fit(

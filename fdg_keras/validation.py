@@ -1,5 +1,6 @@
 """Bad input, refused before anything is built."""
 
+import numbers
 from typing import Any
 
 import keras
@@ -15,7 +16,8 @@ def check_settings(delay: Any, stash: Any, order: Any) -> None:
     Raises:
         ValueError: If one is out of range.
     """
-    if isinstance(delay, bool) or not isinstance(delay, int) or delay < 0:
+    whole = isinstance(delay, numbers.Integral) and not isinstance(delay, bool)
+    if not whole or delay < 0:
         raise ValueError(
             "Expected `delay` to be the batches of delay per hop: 0 (locked, "
             f"as `model.fit`), 1 (DDG), 2 (FDG) or more. Received: {delay!r}"

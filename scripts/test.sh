@@ -2,7 +2,7 @@
 # Format, lint, types and tests. Arguments go to pytest:
 #
 #   scripts/test.sh
-#   scripts/test.sh -m "not slow" tests/test_delays.py
+#   scripts/test.sh -n 0 -m "not slow" tests/test_delays.py
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
@@ -27,8 +27,12 @@ if ((${#failed[@]})); then
     # Said before the tests run: pytest's closing line stays the last.
     echo "FAILED before the tests: ${failed[*]}"
 fi
+# Tests spend their time tracing graphs, in Python: one process for each core.
+# More than four would only take memory. A later -n wins.
+workers="$(nproc)"
 status=0
-python -m pytest "$@" || status=$?
+python -m pytest -n "$((workers < 4 ? workers : 4))" --dist worksteal "$@" ||
+    status=$?
 if ((${#failed[@]} && status == 0)); then
     status=1
 fi

@@ -1,0 +1,364 @@
+"""Whatever fails: the original error, where it happened, and nothing left.
+
+Each fault is injected at a known batch. `fit` must end within `LIMIT_S` with
+the error itself and a note that names the stage or thread and the batch, must
+leave no thread behind (an autouse fixture of `conftest.py` checks that), and
+the model must be usable, by a second `fit` too.
+"""
+
+import contextlib
+import os
+import signal
+import threading
+import time
+
+import keras
+import numpy as np
+import psutil
+import pytest
+import tensorflow as tf
+
+import fdg_keras
+
+LIMIT_S = 5.0
+BATCH = 8
+BAD = 7  # the batch at which things go wrong
+FATAL = 100.0  # what sets off a `Bomb`; other inputs are below 1
+STAGES = 3
+
+
+class Bomb(keras.layers.Layer):
+    """Passes its input on, and fails where a batch holds `FATAL`."""
+
+    def __init__(self, where, **kwargs):
+        super().__init__(**kwargs)
+        self.where = where
+
+    def call(self, x):
+        fine = tf.less(tf.reduce_max(x), FATAL / 2)
+
+        def checked(tensor, message):
+            with tf.control_dependencies(
+                [tf.debugging.Assert(fine, [message])]
+            ):
+                return tf.identity(tensor)
+
+        if self.where == "forward":
+            return checked(x, "bomb in forward")
+
+        @tf.custom_gradient
+        def identity(x):
+            return tf.identity(x), lambda dy: checked(dy, "bomb in backward")
+
+        return identity(x)
+
+
+class BadOptimizer(keras.optimizers.SGD):
+    """Fails on the update after batch `BAD` in one stage."""
+
+    def update_step(self, gradient, variable, learning_rate):
+        fine = tf.less(tf.reduce_max(tf.abs(gradient)), 1.0)
+        check = tf.debugging.Assert(fine, ["bomb in optimizer"])
+        with tf.control_dependencies([check]):
+            super().update_step(tf.identity(gradient), variable, learning_rate)
+
+
+def data(fatal=False):
+    random = np.random.RandomState(0)
+    x = random.rand(40 * BATCH, 6).astype("float32")
+    y = x.copy()
+    if fatal:
+        x[BAD * BATCH] = FATAL
+    return x, y
+
+
+def build(bomb=None, where="forward", optimizer=None):
+    """Three stages of identity layers, a bomb first in stage `bomb`."""
+    model = keras.Sequential([keras.Input((6,))])
+    for k in range(STAGES):
+        # In front of a bomb that is to go off in the backward there must be
+        # something that wants a gradient.
+        model.add(identity(f"before{k}"))
+        if k == bomb:
+            model.add(Bomb(where, name=f"bomb{k}"))
+        model.add(identity(f"dense{k}"))
+    model.compile(optimizer or keras.optimizers.SGD(1e-3), "mse")
+    return model
+
+
+def identity(name):
+    return keras.layers.Dense(
+        6, use_bias=False, kernel_initializer="identity", name=name
+    )
+
+
+def make_trainer(model, **kwargs):
+    return fdg_keras.Trainer(
+        model,
+        ["dense0", "dense1"],
+        [f"CPU:{k}" for k in range(STAGES)],
+        **kwargs,
+    )
+
+
+def fit(trainer, x, y, **kwargs):
+    return trainer.fit(
+        x, y, batch_size=BATCH, shuffle=False, verbose=0, **kwargs
+    )
+
+
+@contextlib.contextmanager
+def fails(kind, match, *notes):
+    """Expects an error within the limit, with notes that hold `notes`."""
+    start = time.perf_counter()
+    with pytest.raises(kind, match=match) as caught:
+        yield
+    assert time.perf_counter() - start < LIMIT_S
+    written = "\n".join(getattr(caught.value, "__notes__", []))
+    for note in notes:
+        assert note in written
+
+
+def assert_usable(trainer):
+    """The weights are finite, and training goes on as if nothing happened."""
+    model = trainer.model
+    assert all(np.isfinite(w).all() for w in model.get_weights())
+    x, y = data()
+    before = model.evaluate(x, y, verbose=0)
+    after = fit(trainer, x, y).history["loss"][-1]
+    assert np.isfinite(before)
+    assert np.isfinite(after)
+
+
+@pytest.mark.parametrize("stage", range(STAGES))
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_failure_inside_a_stage(stage, where):
+    trainer = make_trainer(build(stage, where))
+    fit(trainer, *data())  # compiled, so that the limit is about failing
+    name = "forward" if where == "forward" else "backward or update"
+    with fails(
+        tf.errors.InvalidArgumentError,
+        f"bomb in {where}",
+        f"In stage {stage} (",
+        f"'before{stage}' to 'dense{stage}'",
+        f"{name} of batch {BAD} ",
+    ):
+        fit(trainer, *data(fatal=True))
+    assert_usable(trainer)
+
+
+@pytest.mark.parametrize("order", ["forward_first", "update_first"])
+@pytest.mark.parametrize("delay", [0, 1, 3])
+def test_failure_names_the_batch_at_any_delay(delay, order):
+    trainer = make_trainer(build(1, "backward"), delay=delay, order=order)
+    fit(trainer, *data())
+    with fails(
+        tf.errors.InvalidArgumentError,
+        "bomb in backward",
+        "In stage 1 (",
+        f"backward or update of batch {BAD} ",
+    ):
+        fit(trainer, *data(fatal=True))
+
+
+def test_failure_in_an_optimizer():
+    # Of all stages the last one sees the gradient of the bad batch first.
+    trainer = make_trainer(build(optimizer=BadOptimizer(1e-3)))
+    fit(trainer, *data())
+    with fails(
+        tf.errors.InvalidArgumentError,
+        "bomb in optimizer",
+        "In stage 2 (",
+        f"backward or update of batch {BAD} ",
+    ):
+        fit(trainer, *data(fatal=True))
+    assert_usable(trainer)
+
+
+def test_weights_are_those_of_whole_batches():
+    # The bad batch fails in the backward of the last stage, beside gradients
+    # that could be applied: none of them is.
+    trainer = make_trainer(build(2, "backward"))
+    x, y = data(fatal=True)
+    with fails(tf.errors.InvalidArgumentError, "bomb in backward"):
+        fit(trainer, x, y)
+    found = trainer.model.get_layer("dense2").get_weights()[0]
+    other = make_trainer(build(2, "backward"))
+    fit(other, x[: BAD * BATCH], y[: BAD * BATCH])
+    expected = other.model.get_layer("dense2").get_weights()[0]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_failure_in_the_data_set():
+    trainer = make_trainer(build())
+    x, y = data()
+    fit(trainer, x, y)
+
+    def batches():
+        for i in range(40):
+            if i == BAD:
+                raise RuntimeError("the disk is gone")
+            yield x[i * BATCH : (i + 1) * BATCH], y[i * BATCH : (i + 1) * BATCH]
+
+    with fails(tf.errors.OpError, "the disk is gone", "in the feeder"):
+        trainer.fit(batches(), shuffle=False, verbose=0)
+    assert_usable(trainer)
+
+
+def test_failure_in_the_feeder(monkeypatch):
+    trainer = make_trainer(build())
+    fit(trainer, *data())
+    pipeline = trainer._deployment._built["train"].pipeline
+    feed = pipeline.feed
+    calls = []
+
+    def bad_feed(iterator, count):
+        calls.append(count)
+        if len(calls) == 3:
+            raise OSError("no more memory")
+        return feed(iterator, count)
+
+    monkeypatch.setattr(pipeline, "feed", bad_feed)
+    with fails(OSError, "no more memory", "in the feeder, drawing from batch"):
+        fit(trainer, *data())
+    assert_usable(trainer)
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [
+        "on_train_begin",
+        "on_epoch_begin",
+        "on_train_batch_begin",
+        "on_train_batch_end",
+        "on_test_begin",
+        "on_test_batch_end",
+        "on_epoch_end",
+        "on_train_end",
+    ],
+)
+def test_failure_in_a_callback(hook):
+    trainer = make_trainer(build())
+    x, y = data()
+    fit(trainer, x, y, validation_data=(x, y))
+    seen = []
+
+    def bad(*args, **kwargs):
+        seen.append(args)
+        if len(seen) == BAD or "batch" not in hook:
+            raise KeyError("callback failed")
+
+    callback = keras.callbacks.Callback()
+    setattr(callback, hook, bad)
+    notes = ["in a callback", f"batch {BAD - 1}"] if "batch" in hook else []
+    with fails(KeyError, "callback failed", *notes):
+        fit(trainer, x, y, validation_data=(x, y), callbacks=[callback])
+    assert_usable(trainer)
+
+
+@pytest.mark.parametrize("after_s", [0.3, 1.0])
+def test_interrupt_in_steady_state(after_s):
+    trainer = make_trainer(build())
+    fit(trainer, *data())
+    timer = threading.Timer(after_s, os.kill, (os.getpid(), signal.SIGINT))
+    start = time.perf_counter()
+    timer.start()
+    with pytest.raises(KeyboardInterrupt, match=r"^$"):
+        fit(trainer, *data(), epochs=10**6)
+    assert time.perf_counter() - start < after_s + LIMIT_S
+    timer.join()
+    assert_usable(trainer)
+
+
+@pytest.mark.parametrize("batch", [0, 1, 20, 39])
+def test_interrupt_at_a_batch(batch):
+    trainer = make_trainer(build())
+    fit(trainer, *data())
+
+    class Interrupt(keras.callbacks.Callback):
+        def on_train_batch_end(self, index, logs=None):
+            if index == batch:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with fails(KeyboardInterrupt, r"^$", "stage 2 at"):
+        fit(trainer, *data(), callbacks=[Interrupt()])
+    assert_usable(trainer)
+
+
+def test_nan_ends_training_with_terminate_on_nan():
+    trainer = make_trainer(build())
+    x, y = data()
+    x[BAD * BATCH] = np.nan
+    batches = []
+
+    class Count(keras.callbacks.Callback):
+        def on_train_batch_end(self, index, logs=None):
+            batches.append(index)
+
+    history = fit(
+        trainer,
+        x,
+        y,
+        epochs=3,
+        callbacks=[keras.callbacks.TerminateOnNaN(), Count()],
+    )
+    assert batches == list(range(BAD + 1))
+    assert len(history.history["loss"]) == 1
+
+
+def test_a_hundred_failures_leak_nothing():
+    trainer = make_trainer(build(1))
+    fit(trainer, *data())
+    threads = threading.active_count()
+    for _ in range(3):
+        with fails(tf.errors.InvalidArgumentError, "bomb"):
+            fit(trainer, *data(fatal=True))
+    assert threading.active_count() == threads
+
+
+def test_memory_in_flight_is_bounded_by_a_slow_last_stage():
+    # Every batch is 1 MiB: 2,000 of them waiting would be 2 GiB.
+    size = 2**18
+    inputs = keras.Input((size,))
+    x = keras.layers.Rescaling(1.0, name="first")(inputs)
+    x = keras.layers.Rescaling(1.0, name="second")(x)
+    x = keras.ops.mean(x, axis=1, keepdims=True)
+    outputs = keras.layers.Dense(1, name="last")(Slow()(x))
+    model = keras.Model(inputs, outputs)
+    model.compile("sgd", "mse", steps_per_execution=50)
+    batches = tf.data.Dataset.range(2000).map(
+        lambda i: (tf.fill((1, size), tf.cast(i, tf.float32)), tf.zeros((1, 1)))
+    )
+    process = psutil.Process()
+    used = []
+
+    class Watch(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            used.append(process.memory_info().rss)
+
+    fdg_keras.fit(
+        model,
+        batches,
+        splits=["first", "second"],
+        devices=["CPU:0", "CPU:1", "CPU:2"],
+        verbose=0,
+        callbacks=[Watch()],
+    )
+    assert len(used) == 40
+    assert max(used[10:]) - min(used[4:10]) < 200 * 2**20
+
+
+class Slow(keras.layers.Layer):
+    """Takes 2 ms for each batch."""
+
+    def call(self, x):
+        def wait(x):
+            time.sleep(0.002)
+            return x
+
+        y = tf.numpy_function(wait, [x], tf.float32)
+        y.set_shape(x.shape)
+        return x + tf.stop_gradient(y - x)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
