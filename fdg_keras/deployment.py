@@ -131,6 +131,7 @@ class Deployment:
             self._settings if mode == "train" else None,
             optimizers.stages if optimizers else [],
             objective,
+            bool(model.jit_compile),
         )
         self._built[mode] = Built(
             spec, compiled, trainable, pipeline, optimizers

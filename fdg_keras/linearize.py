@@ -54,6 +54,7 @@ class Linearized:
         state: Specs of the other tensors that stand for variables.
         inputs: Specs of the inputs, `[B, ...]`.
         device: Where its operations run.
+        jit_compile: Whether XLA compiles the forward and the backward.
     """
 
     def __init__(
@@ -63,8 +64,10 @@ class Linearized:
         state: Sequence[tf.TensorSpec],
         inputs: Sequence[tf.TensorSpec],
         device: str,
+        jit_compile: bool = False,
     ):
         self._device = device
+        self._jit_compile = jit_compile
 
         def trace(weights: list, state: list, inputs: list) -> list:
             tape = tf.GradientTape()
@@ -140,7 +143,7 @@ class Linearized:
         return Cut(
             forward=self._prune_forward(made),
             changed_state=self._changed_state,
-            backward=self._wrapped.prune(
+            backward=self._function(
                 [*given, *kept, *fed_anew], fetches, name="backward"
             ),
             stash_specs=[tf.TensorSpec(t.shape, t.dtype) for t in kept],
@@ -158,10 +161,21 @@ class Linearized:
                 [tf.add_n(result.own_losses)] if self.has_own_loss else []
             )
         changed = [result.new_state[i] for i in self._changed_state]
-        return self._wrapped.prune(
+        return self._function(
             [*weights, *state, *inputs],
             [result.outputs, own_loss, changed, made],
             name="forward",
+        )
+
+    def _function(
+        self, feeds: list, fetches: Any, name: str
+    ) -> Callable[..., Any]:
+        """Returns the part of the graph from `feeds` to `fetches`."""
+        pruned = self._wrapped.prune(feeds, fetches, name=name)
+        if not self._jit_compile:
+            return pruned
+        return tf.function(
+            lambda *tensors: pruned(*tensors), jit_compile=True, autograph=False
         )
 
     def _differentiate(

@@ -111,7 +111,9 @@ class Loop:
                 stage.device,
                 f"stash_{stage.index}",
             )
-        self._update = tf.function(self._apply, autograph=False)
+        self._update = tf.function(
+            self._apply, jit_compile=stage.jit_compile or None, autograph=False
+        )
         self._function = self._trace()
 
     def __call__(

@@ -47,6 +47,7 @@ class Pipeline:
         settings: How to train; `None` if not training.
         optimizers: One for each stage; empty if not training.
         objective: Loss and metrics; `None` hands out the outputs instead.
+        jit_compile: Whether XLA compiles forwards, backwards and updates.
     """
 
     def __init__(
@@ -58,11 +59,12 @@ class Pipeline:
         settings: Settings | None,
         optimizers: Sequence[keras.optimizers.Optimizer],
         objective: Objective | None,
+        jit_compile: bool,
     ):
         self._settings = settings
         self._optimizers = optimizers
         self.stages = [
-            Stage(k, part, device, training=settings is not None)
+            Stage(k, part, device, settings is not None, jit_compile)
             for k, (part, device) in enumerate(zip(slices, devices))
         ]
         self._objective = objective

@@ -43,6 +43,7 @@ class Stage:
         slice_: Its part of the model.
         device: Where it runs; its variables are there already.
         training: Whether layers run in training mode.
+        jit_compile: Whether XLA compiles forward, backward and update.
 
     Attributes:
         weights: The trainable variables.
@@ -52,11 +53,19 @@ class Stage:
         pair: The forward and the backward, once it was cut.
     """
 
-    def __init__(self, index: int, slice_: Slice, device: str, training: bool):
+    def __init__(
+        self,
+        index: int,
+        slice_: Slice,
+        device: str,
+        training: bool,
+        jit_compile: bool,
+    ):
         self.index = index
         self.slice = slice_
         self.device = device
         self.training = training
+        self.jit_compile = jit_compile
         self.weights = slice_.trainable_variables
         self.state = slice_.state_variables
         self._linearized: Linearized
@@ -94,6 +103,7 @@ class Stage:
             specs(self.state),
             [*feed_specs, *received],
             self.device,
+            self.jit_compile,
         )
         own_losses = self._linearized.has_own_loss
         has_loss = incoming.has_loss or own_losses
