@@ -244,6 +244,11 @@ def initial_epoch_of(model: keras.Model) -> int | None:
     return model._initial_epoch
 
 
+def profiles(callback: keras.callbacks.TensorBoard) -> bool:
+    """Whether the callback profiles batches. Private: `_start_batch`."""
+    return callback._start_batch > 0
+
+
 # -- Data ---------------------------------------------------------------------
 
 

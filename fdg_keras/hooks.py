@@ -5,6 +5,7 @@ from typing import Any
 
 import keras
 
+from fdg_keras import _keras
 from fdg_keras.conductor import Pace
 
 
@@ -109,6 +110,5 @@ def _acts_on_epochs_only(callback: keras.callbacks.Callback) -> bool:
     if isinstance(callback, per_epoch):
         return callback.save_freq == "epoch"
     if isinstance(callback, keras.callbacks.TensorBoard):
-        batches = isinstance(callback.update_freq, int)
-        return not batches and not callback.profile_batch
+        return callback.update_freq == "epoch" and not _keras.profiles(callback)
     return False

@@ -6,6 +6,7 @@ import os
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -47,6 +48,11 @@ def pytest_configure(config: pytest.Config) -> None:
         tf.config.list_physical_devices("CPU")[0],
         [tf.config.LogicalDeviceConfiguration()] * CPU_COUNT,
     )
+    # TensorFlow's first messages were captured while this file was imported.
+    # Said now: pytest would say them after its own closing line.
+    capture = config.pluginmanager.getplugin("capturemanager")
+    if capture is not None and capture.is_globally_capturing():
+        sys.stderr.write("".join(capture.read_global_capture()))
 
 
 def pytest_collection_modifyitems(
