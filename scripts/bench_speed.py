@@ -1,7 +1,7 @@
 """How fast decoupled stages are, and how far from the limit of the machine.
 
-    scripts/bench_speed.sh --json speed.json      (about 12 minutes, 2 cores)
-    scripts/bench_speed.sh --quick                (about 2 minutes)
+    .venv/bin/python scripts/bench_speed.py --json speed.json  (12 minutes)
+    .venv/bin/python scripts/bench_speed.py --quick            (2 minutes)
 
 Prints, for each network, batch size and number of stages K, milliseconds per
 step (medians of rounds in which all variants take turns):

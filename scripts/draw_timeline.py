@@ -12,14 +12,21 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from fdg_keras.delays import timeline
+from fdg_keras.delays import timeline  # noqa: E402 (found by the line above)
 
 SPLITS, DELAY, TICKS = 3, 2, 12
 BOX, ROW, LEFT, TOP = 44, 46, 132, 34
 # One colour for each batch, alike for its forwards and backwards.
-COLOURS = (
-    "#4e79a7 #f28e2b #59a14f #e15759 #76b7b2 #b07aa1 #edc948 #9c755f".split()
-)
+COLOURS = [
+    "#4e79a7",
+    "#f28e2b",
+    "#59a14f",
+    "#e15759",
+    "#76b7b2",
+    "#b07aa1",
+    "#edc948",
+    "#9c755f",
+]
 
 
 def schedule() -> list[list[tuple[int, str]]]:
