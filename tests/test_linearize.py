@@ -23,46 +23,26 @@ def linearize(pure, weights=(), state=(), inputs=(ROWS,)):
 # -- Layers of Keras: the cut backward is the whole graph's gradient -----------
 
 
-def dense():
-    return [
-        layers.Dense(5, "tanh"),
-        layers.Dropout(0.4, seed=1),
-        layers.Dense(4, "relu"),
-        layers.Dense(2),
-    ]
+def dense(x):
+    h = layers.Dropout(0.4, seed=1)(layers.Dense(5, "tanh")(x))
+    return layers.Dense(2)(layers.Dense(4, "relu")(h))
 
 
-def conv():
-    return [
-        layers.Conv2D(3, 3, strides=2, padding="same", use_bias=False),
-        layers.BatchNormalization(momentum=0.7),
-        layers.ReLU(),
-        layers.Conv2D(2, 3, activation="tanh"),
-    ]
+def conv(x):
+    h = layers.Conv2D(3, 3, strides=2, padding="same", use_bias=False)(x)
+    h = layers.ReLU()(layers.BatchNormalization(momentum=0.7)(h))
+    return layers.Conv2D(2, 3, activation="tanh")(h)
 
 
-def lstm():
+def lstm(x):
     """It reads its kernel inside a `while`, and so does its gradient."""
-    return [layers.LSTM(4, return_sequences=True), layers.LSTM(3)]
+    return layers.LSTM(3)(layers.LSTM(4, return_sequences=True)(x))
 
 
-class SelfAttention(layers.MultiHeadAttention):
-    def build(self, shape):
-        super().build(shape, shape)
-
-    def call(self, x, training=None):
-        return super().call(x, x, training=training)
-
-    def compute_output_shape(self, shape):
-        return shape
-
-
-def attention():
-    return [
-        layers.Dense(6),
-        SelfAttention(2, 3, dropout=0.3, seed=1),
-        layers.LayerNormalization(),
-    ]
+def attention(x):
+    h = layers.Dense(6)(x)
+    h = layers.MultiHeadAttention(2, 3, dropout=0.3, seed=1)(h, h)
+    return layers.LayerNormalization()(h)
 
 
 MODELS = {
@@ -86,7 +66,8 @@ class Stage:
     def of(cls, name):
         make, shape = MODELS[name]
         keras.utils.set_random_seed(3)
-        model = keras.Sequential([keras.Input(shape[1:]), *make()])
+        inputs = keras.Input(shape[1:])
+        model = keras.Model(inputs, make(inputs))
 
         def pure(weights, state, inputs):
             outputs, new = model.stateless_call(

@@ -1,0 +1,63 @@
+"""What the README shows is what there is."""
+
+import importlib.util
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from fdg_keras.delays import format_timeline
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def code_blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.mark.slow
+def test_first_example_runs_as_pasted():
+    run = subprocess.run(
+        [sys.executable, "-c", code_blocks("python")[0]],
+        cwd=ROOT,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "-1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    accuracy = float(re.findall(r"\[[\d.]+, ([\d.]+)\]", run.stdout)[-1])
+    assert accuracy > 0.9
+
+
+def test_first_example_is_short():
+    assert len(code_blocks("python")[0].splitlines()) <= 12
+
+
+def test_timeline_is_the_schedule():
+    assert f"```\n{format_timeline(3, 2, 6)}\n```" in README
+
+
+def test_picture_is_the_schedule():
+    path = ROOT / "scripts" / "draw_timeline.py"
+    spec = importlib.util.spec_from_file_location("draw_timeline", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert (ROOT / "docs" / "timeline.svg").read_text() == module.draw()
+    # The table of arXiv 1906.09108, figure 2, begins so.
+    assert [work for _, work in module.schedule()[0]][:6] == [
+        "F0",
+        "F1",
+        "F2",
+        "F3",
+        "F4",
+        "B0",
+    ]
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", README):
+        assert (ROOT / target).exists(), target
