@@ -213,6 +213,14 @@ def _check_dense(specs: Any) -> None:
 
 
 def _check_shapes(inputs: Sequence[tf.TensorSpec], graph: Graph) -> None:
+    if len(inputs) != len(graph.inputs):
+        names = [graph.symbols[value].name for value in graph.inputs]
+        raise ValueError(
+            "The data do not fit the model: expected one tensor for each of "
+            f"the inputs {names}, as a list in this order or as a dictionary, "
+            f"received {len(inputs)} of shapes "
+            f"{[tuple(spec.shape) for spec in inputs]}."
+        )
     for spec, value in zip(inputs, graph.inputs):
         symbol = graph.symbols[value]
         if not spec.shape.is_compatible_with(symbol.shape):

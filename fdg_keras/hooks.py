@@ -31,6 +31,7 @@ class Hooks:
         history: bool = False,
     ):
         self._model = model
+        self._paces: dict[str, Pace] = {}
         if not isinstance(callbacks, keras.callbacks.CallbackList):
             callbacks = keras.callbacks.CallbackList(
                 callbacks,
@@ -52,13 +53,16 @@ class Hooks:
         getattr(self.callbacks, f"on_{mode}_batch_end")(batch, logs)
 
     def pace(self, mode: str) -> Pace:
-        """Returns how long windows are.
+        """Returns how long windows are, the same object every time.
 
         As long as `steps_per_execution` says; if that is 1 and nobody listens
         to batches, as long as suits the machine.
         """
-        asked = getattr(self._model, "steps_per_execution", 1) or 1
-        return Pace(asked, fixed=asked > 1 or self._listens_to_batches(mode))
+        if mode not in self._paces:
+            asked = getattr(self._model, "steps_per_execution", 1) or 1
+            fixed = asked > 1 or self._listens_to_batches(mode)
+            self._paces[mode] = Pace(asked, fixed)
+        return self._paces[mode]
 
     def _listens_to_batches(self, mode: str) -> bool:
         names = [f"on_{mode}_batch_begin", f"on_{mode}_batch_end"]

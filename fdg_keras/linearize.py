@@ -14,7 +14,7 @@ the tensors of that set are the stash. The stash mode decides where to cut:
 Knows nothing of Keras or of threads.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -144,7 +144,10 @@ class Linearized:
             forward=self._prune_forward(made),
             changed_state=self._changed_state,
             backward=self._function(
-                [*given, *kept, *fed_anew], fetches, name="backward"
+                [*given, *kept, *fed_anew],
+                fetches,
+                name="backward",
+                past=self._forward_operations,
             ),
             stash_specs=[tf.TensorSpec(t.shape, t.dtype) for t in kept],
             stash_arguments=stash_arguments,
@@ -168,14 +171,50 @@ class Linearized:
         )
 
     def _function(
-        self, feeds: list, fetches: Any, name: str
+        self,
+        feeds: list,
+        fetches: Any,
+        name: str,
+        past: Collection[str] = (),
     ) -> Callable[..., Any]:
-        """Returns the part of the graph from `feeds` to `fetches`."""
-        pruned = self._wrapped.prune(feeds, fetches, name=name)
+        """Returns the part of the graph from `feeds` to `fetches`.
+
+        `self._wrapped.prune` copies what lies upstream of the feeds as well,
+        and fails where that reads one output of an operation (a `while`, say)
+        of which another output is fed.
+        """
+        graph = self._wrapped.graph
+        captures = {inner.name: outer for outer, inner in graph.captures}
+        flat = tf.nest.flatten(fetches, expand_composites=True)
+        stop = {*captures, *(t.name for t in feeds)}
+        _, operations = _ancestors(flat, stop, past)
+        definition, read = _part(graph.as_graph_def(), operations)
+
+        def part(*tensors: tf.Tensor) -> Any:
+            values = {t.name: value for t, value in zip(feeds, tensors)}
+            for key in sorted(read & captures.keys()):
+                values[key] = tf.identity(captures[key])
+            made = [t.name for t in flat if t.name not in values]
+            found = tf.graph_util.import_graph_def(
+                definition,
+                {key: values[key] for key in sorted(read & values.keys())},
+                made,
+                name="",
+            )
+            found = values | dict(zip(made, found))
+            return tf.nest.pack_sequence_as(
+                fetches, [found[t.name] for t in flat], expand_composites=True
+            )
+
+        function = tf.compat.v1.wrap_function(
+            part, [tf.TensorSpec(t.shape, t.dtype) for t in feeds], name
+        )
         if not self._jit_compile:
-            return pruned
+            return function
         return tf.function(
-            lambda *tensors: pruned(*tensors), jit_compile=True, autograph=False
+            lambda *tensors: function(*tensors),
+            jit_compile=True,
+            autograph=False,
         )
 
     def _differentiate(
@@ -217,7 +256,12 @@ class Linearized:
             cut = {t.name for t in [*state, *inputs]}
         else:
             cut = self._crossing(free=weights if stash == "current" else [])
-        return _reach(tf.nest.flatten(fetches, expand_composites=True), cut)
+        kept, _ = _ancestors(
+            tf.nest.flatten(fetches, expand_composites=True),
+            cut,
+            past=self._forward_operations,
+        )
+        return kept
 
     def _crossing(self, free: Sequence[tf.Tensor]) -> set[str]:
         """Returns the names of the forward's tensors the backward reads.
@@ -292,8 +336,19 @@ def _identity(gradient: Any) -> Any:
     return tf.nest.map_structure(tf.identity, gradient, expand_composites=True)
 
 
-def _reach(tensors: Sequence[tf.Tensor], cut: set[str]) -> list[tf.Tensor]:
-    """Returns the tensors of `cut` that `tensors` are computed from."""
+def _ancestors(
+    tensors: Sequence[tf.Tensor], stop: Collection[str], past: Collection[str]
+) -> tuple[list[tf.Tensor], set[str]]:
+    """Returns what tensors are made of.
+
+    Args:
+        tensors: Of one graph.
+        stop: Names of tensors to go no further than.
+        past: Names of operations that need not be waited for, only read.
+
+    Returns:
+        The tensors of `stop`, and the names of the operations behind them.
+    """
     # By name: an operation hands out its tensors as new Python objects.
     reached: dict[str, tf.Tensor] = {}
     seen: set[str] = set()
@@ -301,7 +356,7 @@ def _reach(tensors: Sequence[tf.Tensor], cut: set[str]) -> list[tf.Tensor]:
 
     def visit(needed: Iterable[tf.Tensor]) -> None:
         for tensor in needed:
-            if tensor.name in cut:
+            if tensor.name in stop:
                 reached[tensor.name] = tensor
             else:
                 operations.append(tensor.op)
@@ -312,5 +367,30 @@ def _reach(tensors: Sequence[tf.Tensor], cut: set[str]) -> list[tf.Tensor]:
         if op.name not in seen:
             seen.add(op.name)
             visit(op.inputs)
-            operations.extend(op.control_inputs)
-    return list(reached.values())
+            operations.extend(
+                before
+                for before in op.control_inputs
+                if before.name not in past
+            )
+    return list(reached.values()), seen
+
+
+def _part(definition: Any, operations: Collection[str]) -> tuple[Any, set[str]]:
+    """Returns some operations of a graph, and what they read.
+
+    Args:
+        definition: A `GraphDef`; it is changed.
+        operations: Names of those to keep.
+    """
+    nodes = [node for node in definition.node if node.name in operations]
+    read = set()
+    for node in nodes:
+        inputs = [i for i in node.input if i[0] != "^" or i[1:] in operations]
+        node.input[:] = inputs
+        # Where an operation runs is said by its device; what it was to be
+        # next to may be in the other part.
+        node.attr.pop("_class", None)
+        read |= {i if ":" in i else f"{i}:0" for i in inputs if i[0] != "^"}
+    del definition.node[:]
+    definition.node.extend(nodes)
+    return definition, read

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from fdg_keras import _keras
+from fdg_keras import _keras, transforms
 from fdg_keras.delays import Order
 from fdg_keras.links import Link
 from fdg_keras.objective import Objective
@@ -278,7 +278,7 @@ class Loop:
         ports = self._ports
         waited, (gradients,) = self._wait_for([ports.gradients_in], after)
         if gradients and self._transform is not None:
-            gradients = list(self._transform(gradients))
+            gradients = transforms.apply(self._transform, gradients)
         stash, of_loss = kept
         if self._stash is not None:
             stash = self._stash.dequeue()

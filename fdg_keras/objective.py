@@ -46,6 +46,14 @@ class Objective:
             *(s for s in tf.nest.flatten(self._structure) if s is not None),
             tf.TensorSpec((), tf.int32),
         ]
+        if _keras.compiled_loss(model) is not None and spec.y is None:
+            raise ValueError(
+                "No targets for the loss. Expected targets to compare the "
+                "outputs with, as `y` or in the data set, because the model "
+                f"was compiled with loss={model.loss!r}. Received: y=None. "
+                "Pass targets, or compile the model without a loss if its "
+                "layers add losses of their own."
+            )
         symbols = [graph.symbols[v] for v in graph.outputs]
         _keras.build_losses_and_metrics(
             model,
@@ -85,10 +93,14 @@ class Objective:
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch([t for t in outputs if t.dtype.is_floating])
             y_pred = _keras.pack_outputs(self._graph.functional, list(outputs))
-            loss = self._loss(y, y_pred, sample_weight)
-        gradients = tape.gradient(loss, outputs) if training else []
-        if own_loss is not None:
-            loss = loss + tf.cast(own_loss, loss.dtype)
+            compiled = _keras.compiled_loss(self._model)
+            loss = compiled and compiled(y, y_pred, sample_weight)
+        gradients: list = []
+        if training and loss is not None:
+            gradients = tape.gradient(loss, outputs)
+        elif training:
+            gradients = [None] * len(outputs)
+        loss = self._total(loss, own_loss)
         _keras.loss_tracker(self._model).update_state(
             loss, sample_weight=batch_size
         )
@@ -107,16 +119,18 @@ class Objective:
                 found.update(value if named else {metric.name: value})
         return found
 
-    def _loss(self, y: Any, y_pred: Any, sample_weight: Any) -> tf.Tensor:
-        compiled = _keras.compiled_loss(self._model)
-        loss = None if compiled is None else compiled(y, y_pred, sample_weight)
-        if loss is None:
+    def _total(
+        self, loss: tf.Tensor | None, own_loss: tf.Tensor | None
+    ) -> tf.Tensor:
+        if loss is None and own_loss is None:
             raise ValueError(
-                "No loss to compute. Expected a `loss` in `compile()` and "
-                "targets to compare the outputs with. Received: "
-                f"loss={self._model.loss!r}, targets {y!r}. Pass both."
+                "No loss to compute. Expected a `loss` in `compile()`, or "
+                "layers that add losses of their own. Received: "
+                f"loss={self._model.loss!r}. Pass a loss to `compile()`."
             )
-        return loss
+        if loss is None or own_loss is None:
+            return own_loss if loss is None else loss
+        return loss + tf.cast(own_loss, loss.dtype)
 
 
 def _symbolic(specs: Any) -> Any:

@@ -121,6 +121,7 @@ class Trainer:
             ValueError: If the data do not fit the model, or are empty.
         """
         check_model(self.model)
+        epochs = capped_epochs(epochs)
         if validation_split and validation_data is None:
             (x, y, sample_weight), validation_data = (
                 _keras.train_validation_split(
@@ -162,7 +163,7 @@ class Trainer:
                 validation,
                 hooks,
                 initial_epoch,
-                capped_epochs(epochs),
+                epochs,
                 validation_freq,
             )
 

@@ -90,3 +90,27 @@ def get(shrink: float | GradientTransformer) -> GradientTransformer:
     if callable(shrink):
         return shrink
     return GradientShrinking(shrink)
+
+
+def apply(
+    transform: GradientTransformer, gradients: Sequence[tf.Tensor]
+) -> list[tf.Tensor]:
+    """Returns the transformed gradients.
+
+    Raises:
+        ValueError: If they are not as many, of the same shapes and dtypes.
+    """
+    found = list(transform(gradients))
+    wanted = [f"{t.dtype.name}{t.shape}" for t in gradients]
+    received = [f"{t.dtype.name}{t.shape}" for t in found]
+    fits = len(found) == len(gradients) and all(
+        a.dtype == b.dtype and a.shape.is_compatible_with(b.shape)
+        for a, b in zip(found, gradients)
+    )
+    if not fits:
+        raise ValueError(
+            "Expected a gradient transformer to return as many gradients as "
+            f"it is given, of the same shapes and dtypes: {wanted}. Received "
+            f"from {transform!r}: {received}"
+        )
+    return found

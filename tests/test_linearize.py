@@ -462,6 +462,43 @@ def test_output_specs_are_known_before_the_cut():
     assert spec.dtype == tf.float32
 
 
+@pytest.mark.parametrize("stash", STASHES)
+def test_constants_from_outside(stash):
+    """A layer may hold a tensor that is no variable, such as a table."""
+    table = tf.random.stateless_normal((200, 3), [1, 2])
+
+    def pure(weights, state, inputs):
+        return Pure([inputs[0] * weights[0] * table[7]], [], [])
+
+    cut = linearize(pure, [tf.TensorSpec((3,))]).cut([True], [True], stash)
+    w, x = tf.ones((3,)), tf.ones((2, 3))
+    (y,), _, _, made = cut.forward(w, x)
+    np.testing.assert_array_equal(y, [table[7], table[7]])
+    fed = [w] if cut.needs_weights else []
+    _, (by_x,) = cut.backward(tf.ones((2, 3)), *cut.stash([w, x], made), *fed)
+    np.testing.assert_array_equal(by_x, [table[7], table[7]])
+
+
+@pytest.mark.parametrize("stash", STASHES)
+def test_checks_are_made_by_the_forward_alone(stash):
+    def pure(weights, state, inputs):
+        (x,) = inputs
+        check = tf.debugging.assert_positive(x, "negative input")
+        with tf.control_dependencies([check]):
+            return Pure([tf.tanh(x) * weights[0]], [], [])
+
+    cut = linearize(pure, [tf.TensorSpec((3,))]).cut([True], [True], stash)
+    w, x = tf.ones((3,)), tf.ones((2, 3))
+    (y,), _, _, made = cut.forward(w, x)
+    fed = [w] if cut.needs_weights else []
+    (by_w,), _ = cut.backward(y, *cut.stash([w, x], made), *fed)
+    np.testing.assert_allclose(by_w, tf.reduce_sum(y**2, 0), rtol=1e-6)
+    operations = cut.backward.graph.get_operations()
+    assert not any("assert" in op.name.lower() for op in operations)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="negative input"):
+        cut.forward(w, -x)
+
+
 def test_operations_are_on_the_device():
     device = "/job:localhost/replica:0/task:0/device:CPU:3"
     traced = Linearized(two_products, PRODUCTS, (), [ROWS], device)

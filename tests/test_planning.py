@@ -15,6 +15,12 @@ from fdg_keras.slicing import cut_graph, trace_graph
 DEVICES = [f"/job:localhost/replica:0/task:0/device:CPU:{i}" for i in range(8)]
 
 
+@pytest.fixture(autouse=True)
+def costs_by_hand(monkeypatch):
+    """Pins the cost of an element, so that costs can be checked by hand."""
+    monkeypatch.setattr(planning, "_OPERATIONS_PER_ELEMENT", 8.0)
+
+
 def graph_of(*made, shape=(4,), dtype=None):
     """A chain of layers."""
     model = keras.Sequential([keras.Input(shape, dtype=dtype), *made])

@@ -101,3 +101,28 @@ def test_any_callable_is_a_transformer():
 def test_anything_else_is_an_error(shrink):
     with pytest.raises(ValueError, match="or a gradient transformer"):
         transforms.get(shrink)
+
+
+# -- What a transformer returns -----------------------------------------------
+
+
+def test_what_fits_is_returned():
+    found = transforms.apply(lambda gs: tuple(g + g for g in gs), GRADIENTS)
+    assert isinstance(found, list)
+    for a, b in zip(found, GRADIENTS, strict=True):
+        np.testing.assert_array_equal(a, b + b)
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda gradients: gradients[1:],
+        lambda gradients: [g[tf.newaxis] for g in gradients],
+        lambda gradients: [tf.cast(g, tf.float16) for g in gradients],
+    ],
+    ids=["count", "shape", "dtype"],
+)
+def test_what_does_not_fit(transform):
+    message = "to return as many gradients as it is given.*Received from"
+    with pytest.raises(ValueError, match=message):
+        transforms.apply(transform, GRADIENTS)

@@ -1,0 +1,320 @@
+"""One optimizer for each stage, and the model's own that shares their slots."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+from matching import assert_same_weights
+
+import fdg_keras
+
+X = np.random.RandomState(0).standard_normal((20, 4)).astype("float32")
+Y = np.random.RandomState(1).standard_normal((20, 2)).astype("float32")
+FIT = {"batch_size": 4, "verbose": 0, "shuffle": False}
+
+
+def make_model(optimizer, loss="mse"):
+    """Two dense layers `one` and `two`, compiled."""
+    keras.utils.set_random_seed(3)
+    model = keras.Sequential(
+        [
+            keras.Input((4,)),
+            layers.Dense(5, "tanh", name="one"),
+            layers.Dense(2, name="two"),
+        ]
+    )
+    model.compile(optimizer, loss)
+    return model
+
+
+def optimizer_state(model):
+    return {v.path: v.numpy() for v in model.optimizer.variables}
+
+
+def assert_same_optimizers(actual, expected):
+    found, wanted = optimizer_state(actual), optimizer_state(expected)
+    assert list(found) == list(wanted)
+    for path, value in wanted.items():
+        np.testing.assert_allclose(
+            found[path], value, rtol=1e-5, atol=1e-6, err_msg=path
+        )
+
+
+def excluding(optimizer, variables=(), names=()):
+    """For `make`: an optimizer that spares layers by name, once it can."""
+    optimizer.exclude_from_weight_decay(list(variables), list(names))
+    return optimizer
+
+
+OPTIMIZERS = {
+    "sgd": lambda: keras.optimizers.SGD(0.1),
+    "nesterov": lambda: keras.optimizers.SGD(0.1, momentum=0.9, nesterov=True),
+    "adam": lambda: keras.optimizers.Adam(0.05, amsgrad=True),
+    # Has a variable of its own that belongs to no weight.
+    "nadam": lambda: keras.optimizers.Nadam(0.05),
+    "schedule": lambda: keras.optimizers.SGD(
+        keras.optimizers.schedules.ExponentialDecay(0.2, 3, 0.5), momentum=0.5
+    ),
+    "ema": lambda: keras.optimizers.SGD(
+        0.1, use_ema=True, ema_momentum=0.7, ema_overwrite_frequency=None
+    ),
+    "ema overwrites": lambda: keras.optimizers.SGD(
+        0.1, use_ema=True, ema_momentum=0.7, ema_overwrite_frequency=3
+    ),
+    "accumulate": lambda: keras.optimizers.Adam(
+        0.05, gradient_accumulation_steps=2
+    ),
+    "names without decay": lambda: excluding(
+        keras.optimizers.AdamW(0.05, weight_decay=0.3), names=["bias"]
+    ),
+    # Slots of several shapes for each variable.
+    "adafactor": lambda: keras.optimizers.Adafactor(0.05),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_without_delay_the_state_is_that_of_model_fit(name):
+    """Weights, slots, counters; and again after a second `fit`."""
+    model = make_model(OPTIMIZERS[name]())
+    expected = make_model(OPTIMIZERS[name]())
+    trainer = fdg_keras.Trainer(model, splits=2, delay=0)
+    for _ in range(2):
+        trainer.fit(X, Y, **FIT)
+        expected.fit(X, Y, **FIT)
+        assert_same_weights(model, expected)
+        assert_same_optimizers(model, expected)
+
+
+def test_variables_without_weight_decay():
+    """Given as variables, before the optimizer is built."""
+    models = []
+    for _ in range(2):
+        adam = keras.optimizers.AdamW(0.05, weight_decay=0.3)
+        model = make_model(adam)
+        adam.exclude_from_weight_decay(
+            [model.get_layer("one").kernel, model.get_layer("two").kernel]
+        )
+        models.append(model)
+    model, expected = models
+    fdg_keras.fit(model, X, Y, delay=0, **FIT)
+    expected.fit(X, Y, **FIT)
+    assert_same_weights(model, expected)
+    decayed = make_model(keras.optimizers.AdamW(0.05, weight_decay=0.3))
+    decayed.fit(X, Y, **FIT)
+    kernel = model.get_layer("two").kernel.numpy()
+    assert not np.allclose(kernel, decayed.get_layer("two").kernel, rtol=1e-3)
+
+
+# -- Where slots are ----------------------------------------------------------
+
+
+def devices_of(optimizer):
+    """The device of each variable, by the end of its path."""
+    return {
+        v.path.rpartition("/")[2]: v.value.device[-5:]
+        for v in optimizer.variables
+    }
+
+
+def test_slots_are_with_their_stages_while_these_train():
+    model = make_model(keras.optimizers.SGD(0.1, momentum=0.9))
+    seen = []
+    spy = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda *_: seen.append(devices_of(model.optimizer))
+    )
+    fdg_keras.fit(
+        model, X, Y, callbacks=[spy], devices=["CPU:2", "CPU:3"], **FIT
+    )
+    slots = {k: v for k, v in seen[0].items() if "momentum" in k}
+    assert slots == {
+        "sequential_one_kernel_momentum": "CPU:2",
+        "sequential_one_bias_momentum": "CPU:2",
+        "sequential_two_kernel_momentum": "CPU:3",
+        "sequential_two_bias_momentum": "CPU:3",
+    }
+    # And at home afterwards.
+    assert set(devices_of(model.optimizer).values()) == {"CPU:0"}
+
+
+def test_callbacks_see_slots_and_steps_as_they_are():
+    """A checkpoint of the model in a callback holds the optimizer's state."""
+    model = make_model(keras.optimizers.SGD(0.1, momentum=0.9))
+    expected = make_model(keras.optimizers.SGD(0.1, momentum=0.9))
+    seen = {}
+    for one in (model, expected):
+        states = seen[id(one)] = []
+        one.spy = keras.callbacks.LambdaCallback(
+            on_epoch_end=lambda *_, one=one, states=states: states.append(
+                optimizer_state(one)
+            )
+        )
+    fdg_keras.fit(model, X, Y, delay=0, epochs=2, callbacks=[model.spy], **FIT)
+    expected.fit(X, Y, epochs=2, callbacks=[expected.spy], **FIT)
+    for found, wanted in zip(seen[id(model)], seen[id(expected)], strict=True):
+        assert list(found) == list(wanted)
+        for path in wanted:
+            np.testing.assert_allclose(
+                found[path], wanted[path], rtol=1e-5, err_msg=path
+            )
+
+
+def test_one_step_for_each_batch():
+    model = make_model("adam")
+    trainer = fdg_keras.Trainer(model, splits=2)
+    for epochs in (2, 1):
+        trainer.fit(X, Y, epochs=epochs, **FIT)
+    assert int(model.optimizer.iterations) == 3 * 5
+
+
+@pytest.mark.parametrize("set_to", [0.0, 0.25])
+def test_a_learning_rate_that_is_set_between_fits(set_to):
+    model = make_model(keras.optimizers.SGD(0.1))
+    trainer = fdg_keras.Trainer(model, splits=2, delay=0)
+    trainer.fit(X, Y, **FIT)
+    before = model.get_weights()
+    model.optimizer.learning_rate = set_to
+    trainer.fit(X, Y, **FIT)
+    assert float(model.optimizer.learning_rate) == set_to
+    moved = [
+        not np.array_equal(a, b)
+        for a, b in zip(before, model.get_weights(), strict=True)
+    ]
+    assert moved == [set_to > 0] * 4
+
+
+class Halves(keras.optimizers.schedules.LearningRateSchedule):
+    """Of the user's own, and not registered for serialization."""
+
+    def __call__(self, step):
+        return 0.2 * 0.5 ** tf.cast(step, "float32")
+
+    def get_config(self):
+        raise NotImplementedError
+
+
+def test_a_schedule_of_the_users_own():
+    model, expected = (
+        make_model(keras.optimizers.SGD(Halves())) for _ in range(2)
+    )
+    fdg_keras.fit(model, X, Y, delay=0, **FIT)
+    expected.fit(X, Y, **FIT)
+    assert_same_weights(model, expected)
+
+
+class Slotted(keras.optimizers.SGD):
+    """An optimizer of the user's own, with a slot of its own."""
+
+    def build(self, variables):
+        super().build(variables)
+        self.seen = self.add_optimizer_variables(variables, "seen")
+
+    def update_step(self, gradient, variable, learning_rate):
+        seen = self.seen[self._get_variable_index(variable)]
+        self.assign_add(seen, tf.abs(gradient))
+        super().update_step(gradient, variable, learning_rate)
+
+
+def test_an_optimizer_of_the_users_own():
+    model, expected = (make_model(Slotted(0.1)) for _ in range(2))
+    fdg_keras.fit(model, X, Y, delay=0, **FIT)
+    expected.fit(X, Y, **FIT)
+    assert_same_weights(model, expected)
+    assert_same_optimizers(model, expected)
+
+
+# -- Before and after ---------------------------------------------------------
+
+
+def test_training_goes_on_in_model_fit_and_back():
+    models = [make_model("adam") for _ in range(2)]
+    model, expected = models
+    trainer = fdg_keras.Trainer(model, splits=2, delay=0)
+    for fit in (trainer.fit, model.fit, trainer.fit):
+        fit(X, Y, **FIT)
+        expected.fit(X, Y, **FIT)
+        assert_same_weights(model, expected)
+        assert_same_optimizers(model, expected)
+
+
+def test_training_goes_on_in_a_model_that_was_saved(tmp_path):
+    """The built optimizer of a loaded model is taken as it is."""
+    path = tmp_path / "model.keras"
+    model, expected = make_model("adam"), make_model("adam")
+    fdg_keras.fit(model, X, Y, delay=0, **FIT)
+    model.save(path)
+    loaded = keras.saving.load_model(path)
+    assert_same_weights(loaded, model)
+    assert_same_optimizers(loaded, model)
+    fdg_keras.fit(loaded, X, Y, delay=0, **FIT)
+    expected.fit(X, Y, epochs=2, **FIT)
+    assert_same_weights(loaded, expected)
+    assert_same_optimizers(loaded, expected)
+    # And without stages.
+    loaded.fit(X, Y, **FIT)
+    expected.fit(X, Y, **FIT)
+    assert_same_weights(loaded, expected)
+
+
+def test_other_splits_find_the_slots_that_one_left():
+    models = [make_model("adam") for _ in range(2)]
+    for model, splits in zip(models, ([2, 1, 2], [1, 1, 1]), strict=True):
+        for k in splits:
+            fdg_keras.fit(model, X, Y, delay=0, splits=k, **FIT)
+    assert_same_weights(*models)
+    assert_same_optimizers(*models)
+
+
+def test_compiling_anew_starts_with_a_new_optimizer():
+    model, expected = make_model("adam"), make_model("adam")
+    trainer = fdg_keras.Trainer(model, splits=2, delay=0)
+    for one in (trainer, expected):
+        one.fit(X, Y, **FIT)
+    for one in (model, expected):
+        one.compile(keras.optimizers.SGD(0.1, momentum=0.9), "mae")
+    for one in (trainer, expected):
+        one.fit(X, Y, **FIT)
+    assert_same_weights(model, expected)
+    assert_same_optimizers(model, expected)
+
+
+def test_freezing_a_layer_between_fits():
+    model, expected = make_model("adam"), make_model("adam")
+    trainer = fdg_keras.Trainer(model, splits=2, delay=0)
+    for one in (trainer, expected):
+        one.fit(X, Y, **FIT)
+    for one in (model, expected):
+        one.get_layer("one").trainable = False
+        one.compile("adam", "mse")
+    frozen = model.get_layer("one").kernel.numpy()
+    for one in (trainer, expected):
+        one.fit(X, Y, **FIT)
+    np.testing.assert_array_equal(model.get_layer("one").kernel, frozen)
+    assert_same_weights(model, expected)
+
+
+def test_layers_of_one_name():
+    """Slots are told apart although the paths of their variables are equal."""
+
+    def nested():
+        def block(name):
+            return keras.Sequential(
+                [keras.Input((4,)), layers.Dense(4, "tanh", name="dense")],
+                name=name,
+            )
+
+        keras.utils.set_random_seed(3)
+        model = keras.Sequential(
+            [keras.Input((4,)), block("a"), block("b"), layers.Dense(2)]
+        )
+        model.compile("adam", "mse")
+        return model
+
+    model, expected = nested(), nested()
+    fdg_keras.fit(model, X, Y, splits=3, delay=0, **FIT)
+    expected.fit(X, Y, **FIT)
+    assert_same_weights(model, expected)
+    for a, b in zip(
+        model.optimizer.variables, expected.optimizer.variables, strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6, err_msg=a.path)
