@@ -125,6 +125,23 @@ def learning_rate_of(optimizer: keras.optimizers.Optimizer) -> Any:
     return optimizer._learning_rate
 
 
+def config_of(optimizer: keras.optimizers.Optimizer) -> dict[str, Any]:
+    """Returns an optimizer's configuration, with a schedule as it is.
+
+    Private: `Optimizer._learning_rate`. A user's own schedule need be neither
+    registered nor serializable.
+    """
+    schedule = optimizer._learning_rate
+    if isinstance(schedule, keras.Variable):
+        return optimizer.get_config()
+    # Keras' way of setting attributes would begin to track this.
+    vars(optimizer)["_learning_rate"] = None
+    try:
+        return optimizer.get_config() | {"learning_rate": schedule}
+    finally:
+        vars(optimizer)["_learning_rate"] = schedule
+
+
 def step_counter_of(optimizer: keras.optimizers.Optimizer) -> keras.Variable:
     """Returns the variable that counts the calls of `apply`.
 

@@ -273,7 +273,7 @@ class Loop:
             after: Operations that must have ended before it waits.
 
         Returns:
-            Seconds waited.
+            Seconds waited, known when the update has been made.
         """
         ports = self._ports
         waited, (gradients,) = self._wait_for([ports.gradients_in], after)
@@ -291,13 +291,17 @@ class Loop:
         by_weights, by_inputs = _ends(by_weights), _ends(by_inputs)
         if ports.gradients_out is not None:
             ports.gradients_out.enqueue(by_inputs)
-        # All or nothing: no weight is updated if a gradient fails.
+        # All or nothing: no weight is updated if a gradient fails. And all
+        # gradients by the same weights: what reads a weight is not reliably
+        # ordered before its update by TensorFlow's automatic dependencies
+        # (with `stash="current"` some backwards saw their own update), so
+        # whatever must come first is waited for by its result.
         ends = tf.nest.flatten([by_weights, by_inputs], expand_composites=True)
         with tf.control_dependencies(ends):
             updated = self._update(by_weights)
         with tf.control_dependencies([updated]):
             self._backwards.assign_add(1, read_value=False)
-        return waited
+            return tf.identity(waited)
 
     def _apply(self, gradients: list) -> tf.Tensor:
         """Updates the weights; returns a tensor that can be waited for."""

@@ -56,7 +56,8 @@ class StageOptimizers:
         relocation: Of the stages' variables, entered by `build`'s caller.
 
     Raises:
-        ValueError: If the optimizer was built on other variables.
+        ValueError: If the optimizer was built on other variables, or cannot be
+            split.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class StageOptimizers:
                 self._build(list(variables), device, relocation)
                 for variables, device in zip(stages, devices)
             ]
+        self._check_others()
 
     def pull(self) -> None:
         """Copies step counter and the like from the model's optimizer."""
@@ -114,11 +116,7 @@ class StageOptimizers:
     def _build(
         self, variables: list, device: str, relocation: Relocation
     ) -> keras.optimizers.Optimizer:
-        config = self._whole.get_config()
-        source = _keras.learning_rate_of(self._whole)
-        if not isinstance(source, keras.Variable):
-            # The schedule itself: a user's own need not be registered.
-            config["learning_rate"] = source
+        config = _keras.config_of(self._whole)
         with tf.device(device):
             optimizer = type(self._whole).from_config(config)
             slots = _keras.record_slots(optimizer, variables)
@@ -134,6 +132,19 @@ class StageOptimizers:
             [v for v in _without_rate(optimizer) if id(v) not in mine]
         )
         return optimizer
+
+    def _check_others(self) -> None:
+        """Refuses state that is neither a slot nor the same in all stages."""
+        wanted = [(v.shape, v.dtype) for v in self._remaining()]
+        for others in self._others:
+            if [(v.shape, v.dtype) for v in others] != wanted:
+                raise ValueError(
+                    "The optimizer keeps state for single variables that "
+                    "cannot be told apart from state of its own. Expected "
+                    "slots made by `add_variable_from_reference` or "
+                    "`add_optimizer_variables`. Use another optimizer, or "
+                    f"`splits=1`. Received: {self._whole!r}"
+                )
 
     def _remaining(self) -> list[keras.Variable]:
         found = _without_rate(self._whole)

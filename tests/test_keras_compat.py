@@ -199,6 +199,24 @@ def test_learning_rate_of():
     assert _keras.learning_rate_of(keras.optimizers.SGD(schedule)) is schedule
 
 
+def test_config_of():
+    class Schedule(keras.optimizers.schedules.LearningRateSchedule):
+        def __call__(self, step):
+            return 0.1
+
+    def function():
+        return 0.1
+
+    for source in (Schedule(), function):
+        sgd = keras.optimizers.SGD(source, momentum=0.5)
+        config = _keras.config_of(sgd)
+        assert config["learning_rate"] is source
+        assert config["momentum"] == 0.5
+        assert _keras.learning_rate_of(sgd) is source
+    number = _keras.config_of(keras.optimizers.SGD(0.25))["learning_rate"]
+    assert number == 0.25
+
+
 def test_step_counter_of():
     sgd = keras.optimizers.SGD(0.1, gradient_accumulation_steps=2)
     variable = keras.Variable([1.0])

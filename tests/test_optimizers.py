@@ -28,62 +28,47 @@ def make_model(optimizer, loss="mse"):
     return model
 
 
-def optimizer_state(model):
-    return {v.path: v.numpy() for v in model.optimizer.variables}
+def assert_same(actual, expected):
+    """Weights, and whatever the optimizer keeps."""
+    assert_same_weights(actual, expected)
+    assert_same_weights(actual.optimizer, expected.optimizer)
 
 
-def assert_same_optimizers(actual, expected):
-    found, wanted = optimizer_state(actual), optimizer_state(expected)
-    assert list(found) == list(wanted)
-    for path, value in wanted.items():
-        np.testing.assert_allclose(
-            found[path], value, rtol=1e-5, atol=1e-6, err_msg=path
-        )
-
-
-def excluding(optimizer, variables=(), names=()):
-    """For `make`: an optimizer that spares layers by name, once it can."""
-    optimizer.exclude_from_weight_decay(list(variables), list(names))
+def excluding(optimizer, names):
+    """Returns the optimizer, told to spare variables of these names."""
+    optimizer.exclude_from_weight_decay(var_names=names)
     return optimizer
 
 
 OPTIMIZERS = {
-    "sgd": lambda: keras.optimizers.SGD(0.1),
-    "nesterov": lambda: keras.optimizers.SGD(0.1, momentum=0.9, nesterov=True),
-    "adam": lambda: keras.optimizers.Adam(0.05, amsgrad=True),
+    "amsgrad": lambda: keras.optimizers.Adam(0.05, amsgrad=True),
     # Has a variable of its own that belongs to no weight.
     "nadam": lambda: keras.optimizers.Nadam(0.05),
-    "schedule": lambda: keras.optimizers.SGD(
-        keras.optimizers.schedules.ExponentialDecay(0.2, 3, 0.5), momentum=0.5
+    "average": lambda: keras.optimizers.SGD(
+        0.1, use_ema=True, ema_momentum=0.7
     ),
-    "ema": lambda: keras.optimizers.SGD(
-        0.1, use_ema=True, ema_momentum=0.7, ema_overwrite_frequency=None
-    ),
-    "ema overwrites": lambda: keras.optimizers.SGD(
+    "average overwrites": lambda: keras.optimizers.SGD(
         0.1, use_ema=True, ema_momentum=0.7, ema_overwrite_frequency=3
     ),
     "accumulate": lambda: keras.optimizers.Adam(
         0.05, gradient_accumulation_steps=2
     ),
     "names without decay": lambda: excluding(
-        keras.optimizers.AdamW(0.05, weight_decay=0.3), names=["bias"]
+        keras.optimizers.AdamW(0.05, weight_decay=0.3), ["bias"]
     ),
-    # Slots of several shapes for each variable.
-    "adafactor": lambda: keras.optimizers.Adafactor(0.05),
 }
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_without_delay_the_state_is_that_of_model_fit(name):
-    """Weights, slots, counters; and again after a second `fit`."""
+    """And again after a second `fit`."""
     model = make_model(OPTIMIZERS[name]())
     expected = make_model(OPTIMIZERS[name]())
     trainer = fdg_keras.Trainer(model, splits=2, delay=0)
     for _ in range(2):
         trainer.fit(X, Y, **FIT)
         expected.fit(X, Y, **FIT)
-        assert_same_weights(model, expected)
-        assert_same_optimizers(model, expected)
+        assert_same(model, expected)
 
 
 def test_variables_without_weight_decay():
@@ -139,24 +124,23 @@ def test_slots_are_with_their_stages_while_these_train():
 
 def test_callbacks_see_slots_and_steps_as_they_are():
     """A checkpoint of the model in a callback holds the optimizer's state."""
-    model = make_model(keras.optimizers.SGD(0.1, momentum=0.9))
-    expected = make_model(keras.optimizers.SGD(0.1, momentum=0.9))
-    seen = {}
-    for one in (model, expected):
-        states = seen[id(one)] = []
-        one.spy = keras.callbacks.LambdaCallback(
-            on_epoch_end=lambda *_, one=one, states=states: states.append(
-                optimizer_state(one)
+    model, expected = (make_model("adam") for _ in range(2))
+
+    def fit(fitted, of):
+        states = []
+        spy = keras.callbacks.LambdaCallback(
+            on_epoch_end=lambda *_: states.append(
+                [v.numpy() for v in of.optimizer.variables]
             )
         )
-    fdg_keras.fit(model, X, Y, delay=0, epochs=2, callbacks=[model.spy], **FIT)
-    expected.fit(X, Y, epochs=2, callbacks=[expected.spy], **FIT)
-    for found, wanted in zip(seen[id(model)], seen[id(expected)], strict=True):
-        assert list(found) == list(wanted)
-        for path in wanted:
-            np.testing.assert_allclose(
-                found[path], wanted[path], rtol=1e-5, err_msg=path
-            )
+        fitted.fit(X, Y, epochs=2, callbacks=[spy], **FIT)
+        return states
+
+    found = fit(fdg_keras.Trainer(model, splits=2, delay=0), model)
+    wanted = fit(expected, expected)
+    for epoch in range(2):
+        for a, b in zip(found[epoch], wanted[epoch], strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
 def test_one_step_for_each_batch():
@@ -167,39 +151,41 @@ def test_one_step_for_each_batch():
     assert int(model.optimizer.iterations) == 3 * 5
 
 
-@pytest.mark.parametrize("set_to", [0.0, 0.25])
-def test_a_learning_rate_that_is_set_between_fits(set_to):
+def test_a_learning_rate_that_is_set_between_fits():
     model = make_model(keras.optimizers.SGD(0.1))
     trainer = fdg_keras.Trainer(model, splits=2, delay=0)
     trainer.fit(X, Y, **FIT)
     before = model.get_weights()
-    model.optimizer.learning_rate = set_to
+    model.optimizer.learning_rate = 0.0
     trainer.fit(X, Y, **FIT)
-    assert float(model.optimizer.learning_rate) == set_to
-    moved = [
-        not np.array_equal(a, b)
-        for a, b in zip(before, model.get_weights(), strict=True)
-    ]
-    assert moved == [set_to > 0] * 4
+    assert float(model.optimizer.learning_rate) == 0.0
+    for a, b in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 class Halves(keras.optimizers.schedules.LearningRateSchedule):
-    """Of the user's own, and not registered for serialization."""
+    """Of the user's own: neither registered nor serializable."""
 
     def __call__(self, step):
         return 0.2 * 0.5 ** tf.cast(step, "float32")
 
-    def get_config(self):
-        raise NotImplementedError
 
-
-def test_a_schedule_of_the_users_own():
+@pytest.mark.parametrize(
+    "make",
+    [
+        Halves,
+        lambda: keras.optimizers.schedules.ExponentialDecay(0.2, 3, 0.5),
+        lambda: lambda: 0.05,
+    ],
+    ids=["own", "decay", "function"],
+)
+def test_schedules(make):
     model, expected = (
-        make_model(keras.optimizers.SGD(Halves())) for _ in range(2)
+        make_model(keras.optimizers.SGD(make(), momentum=0.5)) for _ in range(2)
     )
     fdg_keras.fit(model, X, Y, delay=0, **FIT)
     expected.fit(X, Y, **FIT)
-    assert_same_weights(model, expected)
+    assert_same(model, expected)
 
 
 class Slotted(keras.optimizers.SGD):
@@ -219,8 +205,22 @@ def test_an_optimizer_of_the_users_own():
     model, expected = (make_model(Slotted(0.1)) for _ in range(2))
     fdg_keras.fit(model, X, Y, delay=0, **FIT)
     expected.fit(X, Y, **FIT)
-    assert_same_weights(model, expected)
-    assert_same_optimizers(model, expected)
+    assert_same(model, expected)
+
+
+def test_slots_that_do_not_say_whose_they_are():
+    """Adafactor's rows and columns; one stage needs no telling apart."""
+    model, expected = (
+        make_model(keras.optimizers.Adafactor(0.05)) for _ in range(2)
+    )
+    message = (
+        r"slots made by `add_variable_from_reference`.*or `splits=1`\. Rec"
+    )
+    with pytest.raises(ValueError, match=message):
+        fdg_keras.fit(model, X, Y, splits=2, **FIT)
+    fdg_keras.fit(model, X, Y, splits=1, **FIT)
+    expected.fit(X, Y, **FIT)
+    assert_same(model, expected)
 
 
 # -- Before and after ---------------------------------------------------------
@@ -233,8 +233,7 @@ def test_training_goes_on_in_model_fit_and_back():
     for fit in (trainer.fit, model.fit, trainer.fit):
         fit(X, Y, **FIT)
         expected.fit(X, Y, **FIT)
-        assert_same_weights(model, expected)
-        assert_same_optimizers(model, expected)
+        assert_same(model, expected)
 
 
 def test_training_goes_on_in_a_model_that_was_saved(tmp_path):
@@ -244,12 +243,10 @@ def test_training_goes_on_in_a_model_that_was_saved(tmp_path):
     fdg_keras.fit(model, X, Y, delay=0, **FIT)
     model.save(path)
     loaded = keras.saving.load_model(path)
-    assert_same_weights(loaded, model)
-    assert_same_optimizers(loaded, model)
+    assert_same(loaded, model)
     fdg_keras.fit(loaded, X, Y, delay=0, **FIT)
     expected.fit(X, Y, epochs=2, **FIT)
-    assert_same_weights(loaded, expected)
-    assert_same_optimizers(loaded, expected)
+    assert_same(loaded, expected)
     # And without stages.
     loaded.fit(X, Y, **FIT)
     expected.fit(X, Y, **FIT)
@@ -257,12 +254,11 @@ def test_training_goes_on_in_a_model_that_was_saved(tmp_path):
 
 
 def test_other_splits_find_the_slots_that_one_left():
-    models = [make_model("adam") for _ in range(2)]
-    for model, splits in zip(models, ([2, 1, 2], [1, 1, 1]), strict=True):
-        for k in splits:
-            fdg_keras.fit(model, X, Y, delay=0, splits=k, **FIT)
-    assert_same_weights(*models)
-    assert_same_optimizers(*models)
+    model, expected = make_model("adam"), make_model("adam")
+    for splits in (2, 1):
+        fdg_keras.fit(model, X, Y, delay=0, splits=splits, **FIT)
+        expected.fit(X, Y, **FIT)
+        assert_same(model, expected)
 
 
 def test_compiling_anew_starts_with_a_new_optimizer():
@@ -274,8 +270,7 @@ def test_compiling_anew_starts_with_a_new_optimizer():
         one.compile(keras.optimizers.SGD(0.1, momentum=0.9), "mae")
     for one in (trainer, expected):
         one.fit(X, Y, **FIT)
-    assert_same_weights(model, expected)
-    assert_same_optimizers(model, expected)
+    assert_same(model, expected)
 
 
 def test_freezing_a_layer_between_fits():
@@ -313,8 +308,4 @@ def test_layers_of_one_name():
     model, expected = nested(), nested()
     fdg_keras.fit(model, X, Y, splits=3, delay=0, **FIT)
     expected.fit(X, Y, **FIT)
-    assert_same_weights(model, expected)
-    for a, b in zip(
-        model.optimizer.variables, expected.optimizer.variables, strict=True
-    ):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6, err_msg=a.path)
+    assert_same(model, expected)
