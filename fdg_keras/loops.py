@@ -168,7 +168,7 @@ class Loop:
         ) -> tuple:
             with tf.device(self._stage.device):
                 self._set_learning_rate(learning_rate)
-                waited = [_no_time()] * 2
+                waited = [self._no_time()] * 2
                 if self._late:
                     waited = self._repeat(fill, waited, self._forward_only)
                 waited = self._repeat(steady, waited, self._steady)
@@ -203,10 +203,10 @@ class Loop:
     def _forward_only(self) -> list:
         waited, _, done = self._forward()
         with tf.control_dependencies(done):
-            return [waited, _no_time()]
+            return [waited, self._no_time()]
 
     def _backward_only(self) -> list:
-        return [_no_time(), self._backward()]
+        return [self._no_time(), self._backward()]
 
     def _steady(self) -> list:
         if self._update_first:
@@ -216,7 +216,7 @@ class Loop:
             return [for_activations, for_gradients]
         for_activations, kept, done = self._forward()
         if not self._stage.has_backward:
-            return [for_activations, _no_time()]
+            return [for_activations, self._no_time()]
         return [for_activations, self._backward(kept, done)]
 
     def _forward(self) -> tuple[tf.Tensor, tuple, list[tf.Operation]]:
@@ -299,7 +299,7 @@ class Loop:
         ends = tf.nest.flatten([by_weights, by_inputs], expand_composites=True)
         with tf.control_dependencies(ends):
             updated = self._update(by_weights)
-        with tf.control_dependencies([updated]):
+        with tf.device(self._host), tf.control_dependencies([updated]):
             self._backwards.assign_add(1, read_value=False)
             return tf.identity(waited)
 
@@ -323,7 +323,7 @@ class Loop:
             Seconds, and for each link its tensors (none for no link).
         """
         if not any(links):
-            return _no_time(), [[] for _ in links]
+            return self._no_time(), [[] for _ in links]
         with tf.device(self._host), tf.control_dependencies(after):
             start = tf.timestamp()
         with tf.control_dependencies([start]):
@@ -334,16 +334,16 @@ class Loop:
             waited = tf.maximum(tf.timestamp() - start, 0.0)
         return waited, found
 
+    def _no_time(self) -> tf.Tensor:
+        with tf.device(self._host):
+            return tf.zeros((), tf.float64)
+
     def _set_learning_rate(self, learning_rate: tf.Tensor) -> None:
         if self._optimizer is None:
             return
         source = _keras.learning_rate_of(self._optimizer)
         if isinstance(source, keras.Variable):
             source.assign(learning_rate)
-
-
-def _no_time() -> tf.Tensor:
-    return tf.zeros((), tf.float64)
 
 
 def _ends(results: Sequence) -> list:

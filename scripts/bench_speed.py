@@ -65,7 +65,7 @@ CASES = [
 ]
 QUICK = [("resnet20", 0, 32, 2), ("mlp", 3, 32, 2)]
 # One round of one variant lasts about this many seconds.
-ROUND_S = 4.0
+ROUND_S = 2.0
 
 
 class Constants(Link):
