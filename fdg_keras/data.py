@@ -91,6 +91,10 @@ class Batches:
         """Batches of an epoch, or `None` if that is not known yet."""
         return self._steps_per_epoch or self._length
 
+    def reset(self) -> None:
+        """Lets the next epoch begin with the first batch."""
+        self._iterator = None
+
     @contextlib.contextmanager
     def epoch(self) -> Iterator["Epoch"]:
         """Opens an epoch; say in it how many batches were drawn.

@@ -248,9 +248,8 @@ class Loop:
             done += ports.activations_out.enqueue([*outputs, *own_loss])
         gradients: list[tf.Tensor | None] = []
         if self._objective is not None:
-            count = len(stage.slice.sends)
             gradients = self._objective.update(
-                outputs[:count],
+                self._masked(outputs),
                 own_loss[0] if own_loss else None,
                 targets,
                 stage.training,
@@ -261,6 +260,16 @@ class Loop:
         with tf.control_dependencies(done + outputs):
             done.append(self._forwards.assign_add(1, read_value=False))
         return waited, (stash, gradients), done
+
+    def _masked(self, outputs: list[tf.Tensor]) -> list[tf.Tensor]:
+        """Returns the model's outputs; loss and metrics heed their masks."""
+        sends = self._stage.slice.sends
+        values, masks = outputs[: len(sends)], outputs[len(sends) :]
+        mask_of = dict(zip(self._stage.outgoing.masked, masks))
+        for value, tensor in zip(sends, values):
+            if value in mask_of:
+                _keras.set_mask(tensor, mask_of[value])
+        return values
 
     def _backward(
         self, kept: tuple[list, list] = ([], []), after: Sequence = ()

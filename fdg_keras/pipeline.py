@@ -196,6 +196,12 @@ class Pipeline:
         assert outputs is not None
         return outputs.dequeue()
 
+    def forget_outputs(self) -> None:
+        """Drops what nobody has taken, because predicting was stopped."""
+        outputs = self.ports[-1].activations_out
+        while outputs is not None and outputs.size():
+            outputs.dequeue()
+
     def close(self) -> None:
         """Closes all links for good; wakes everything that waits for one."""
         for loop in self.loops:

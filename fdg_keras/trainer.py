@@ -218,7 +218,6 @@ class Trainer:
             self._graph, steps, x=x, batch_size=batch_size, shuffle=False
         )
         hooks = Hooks(self.model, callbacks, verbose, 1, batches.steps)
-        count = len(self._graph.outputs)
         parts: list[list[np.ndarray]] = []
         with self._deployment:
             pipeline = self._deployment.build("predict", batches.spec).pipeline
@@ -226,17 +225,26 @@ class Trainer:
 
             def end(batch: int, _: dict) -> bool:
                 new = [pipeline.output() for _ in range(batch + 1 - len(parts))]
-                parts.extend([[t.numpy() for t in ts[:count]] for ts in new])
-                hooks.end("predict", batch, {"outputs": parts[-1]})
+                parts.extend(
+                    [tensor.numpy() for tensor in part] for part in new
+                )
+                outputs = self._packed(parts[-len(new) :])
+                hooks.end("predict", batch, {"outputs": outputs})
                 return self.model.stop_predicting
 
             hooks.callbacks.on_predict_begin()
             self._run("predict", batches, hooks, end)
+            pipeline.forget_outputs()
             hooks.callbacks.on_predict_end()
-        whole = [np.concatenate(column) for column in zip(*parts)]
-        return _keras.pack_outputs(self._graph.functional, whole)
+        return self._packed(parts)
 
     # -- Parts of the above ---------------------------------------------------
+
+    def _packed(self, parts: Sequence[Sequence[np.ndarray]]) -> Any:
+        """Returns flat outputs of batches as the model's outputs."""
+        count = len(self._graph.outputs)  # masks may follow
+        whole = [np.concatenate(column) for column in list(zip(*parts))[:count]]
+        return _keras.pack_outputs(self._graph.functional, whole)
 
     def _epochs(
         self,
@@ -285,6 +293,7 @@ class Trainer:
 
         hooks.callbacks.on_test_begin()
         model.reset_metrics()
+        batches.reset()
         self._run("test", batches, hooks, end)
         logs = as_floats(model.get_metrics_result())
         hooks.callbacks.on_test_end(logs)

@@ -179,6 +179,14 @@ def test_steps_per_epoch_go_on_where_the_last_epoch_ended(graph):
     assert first_rows(batches) == ROWS[1:]
 
 
+def test_a_reset_begins_anew(graph):
+    """Validation sees the same batches after every epoch."""
+    batches = Batches(graph, 2, x=as_dataset().repeat())
+    for _ in range(2):
+        batches.reset()
+        assert first_rows(batches) == ROWS[:2]
+
+
 def test_steps_per_epoch_of_a_generator(graph):
     batches = Batches(graph, 1, x=generate())
     assert [first_rows(batches) for _ in range(3)] == [[row] for row in ROWS]

@@ -129,12 +129,17 @@ def test_a_data_set_with_validation():
 
 
 def test_a_data_set_of_unknown_length_with_sample_weights():
-    assert_fits_like_keras(
-        make_model,
-        dataset(X, Y, LABELS.astype("float32")).filter(lambda *_: True),
-        epochs=2,
-        batch_size=None,
-    )
+    """Keras itself counts a step too many for it, so its length is told."""
+    data = dataset(X, Y, LABELS.astype("float32"))
+    models, histories = [], []
+    for one in (data.filter(lambda *_: True), data):
+        models.append(make_model())
+        histories.append(
+            fdg_keras.fit(models[-1], one, splits=3, epochs=2, verbose=0)
+        )
+    assert_identical_weights(*models)
+    assert_identical_weights(*(model.optimizer for model in models))
+    assert histories[0].history == histories[1].history
 
 
 def test_class_weights():
@@ -163,8 +168,9 @@ def test_a_generator():
 
     models = [make_model(), make_model()]
     trainer = fdg_keras.Trainer(models[0], splits=2, delay=0)
+    arguments = {"steps_per_epoch": 3, "epochs": 2, "shuffle": False}
     histories = [
-        fitted.fit(generate(), steps_per_epoch=3, epochs=2, verbose=0)
+        fitted.fit(generate(), verbose=0, **arguments)
         for fitted in (trainer, models[1])
     ]
     assert_same_weights(*models)
@@ -219,7 +225,7 @@ FORKED = {
 def test_several_inputs_and_outputs(structure):
     x, y = FORKED[structure]
     model, expected = assert_fits_like_keras(
-        make_forked(structure), x, y, splits=3, validation_split=0.3
+        make_forked(structure), x, y, validation_split=0.3
     )
     trainer = fdg_keras.Trainer(model, splits=3)
     found = trainer.predict(x, batch_size=8, verbose=0)
@@ -241,27 +247,20 @@ def make_tagger():
     keras.utils.set_random_seed(3)
     inputs = keras.Input((5,), dtype="int32")
     h = layers.Embedding(7, 4, mask_zero=True, name="embed")(inputs)
-    h = layers.LSTM(3, return_sequences=True, name="lstm")(h)
+    h = layers.Dense(3, "tanh", name="hidden")(h)
     model = keras.Model(inputs, layers.Dense(3, "softmax", name="tag")(h))
     loss = "sparse_categorical_crossentropy"
     model.compile("sgd", loss, metrics=["accuracy"])
     return model
 
 
-def test_masks_reach_the_loss():
+@pytest.mark.parametrize("splits", [1, ["hidden"]])
+def test_masks_reach_the_loss(splits):
     x = np.random.RandomState(0).randint(1, 7, (N, 5))
     for row, ids in enumerate(x):
         ids[1 + row % 5 :] = 0
-    assert_fits_like_keras(make_tagger, x, x % 3, splits=["embed"])
-    # Even one that is made in the last stage, or in the one before.
-    model, expected = assert_fits_like_keras(
-        make_tagger, x, x % 3, splits=["lstm"]
-    )
-    trainer = fdg_keras.Trainer(model, splits=["lstm"])
-    np.testing.assert_allclose(
-        trainer.evaluate(x, x % 3, verbose=0),
-        expected.evaluate(x, x % 3, verbose=0),
-        rtol=1e-5,
+    assert_fits_like_keras(
+        make_tagger, x, x % 3, splits=splits, validation_split=0.3
     )
 
 
@@ -359,12 +358,14 @@ def test_every_event_is_that_of_keras(steps_per_execution):
         recorders.append(Recorder())
         return recorders[-1:]
 
+    # Four batches each, because Keras counts the steps of the last window even
+    # if the data have ended before.
     assert_fits_like_keras(
         lambda: make_model(steps_per_execution=steps_per_execution),
-        X,
-        Y,
+        X[:16],
+        Y[:16],
         epochs=2,
-        validation_split=0.3,
+        validation_data=(X[:16], Y[:16]),
         callbacks=callbacks,
     )
     found, wanted = (recorder.events for recorder in recorders)
@@ -429,9 +430,13 @@ def test_model_checkpoints(observed):
         for one in observed
     )
     for a, b in zip(found, wanted, strict=True):
-        assert_same_weights(a, b)
         assert_same_weights(a.optimizer, b.optimizer)
-    assert_identical_weights(found[-1], observed[0]["model"])
+        # Not the seed of dropout, which Keras draws anew.
+        for x, y in zip(a.get_weights(), b.get_weights(), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+    last = observed[0]["model"].get_weights()
+    for x, y in zip(found[-1].get_weights(), last, strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 def test_csv_logs(observed):
@@ -485,12 +490,12 @@ def test_early_stopping_restores_the_best_weights():
         validation_data=(X, Y),
         callbacks=callbacks,
     )
-    # The best epoch was the first, and stages go on from there.
+    assert int(model.optimizer.iterations) == 2 * 6
+    # The best epoch was the first.
     once = make_model()
-    fdg_keras.fit(once, X, Y, delay=0, **FIT)
-    assert_same_weights(model, once)
-    fdg_keras.fit(model, X, Y, delay=0, **FIT)
-    assert np.all(np.isfinite(model.get_weights()[0]))
+    once.fit(X, Y, **FIT)
+    for a, b in zip(model.get_weights(), once.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_weights_that_a_callback_sets():
@@ -526,7 +531,7 @@ def test_stopping_in_a_batch_without_delay():
 
 
 def test_stopping_in_a_batch():
-    """What was announced is still run, and applied: every stage as often."""
+    """What was announced is still run: by all stages, and without callbacks."""
     model = make_model()
     stop = StopAfter(2)
     x, y = np.tile(X, (5, 1)), np.tile(Y, (5, 1))
@@ -534,27 +539,27 @@ def test_stopping_in_a_batch():
         model, x, y, splits=3, epochs=5, callbacks=[stop], **FIT
     )
     assert history.epoch == [0]
-    ahead = 4  # stage 0 runs so far ahead of the last stage
-    assert 3 <= len(stop.seen) <= 3 + ahead + 2 < 28
-    assert int(model.optimizer.iterations) == len(stop.seen)
+    assert stop.seen == [0, 1, 2]
+    # The last stage had run three batches when six were announced beyond the
+    # two before, as `delays.windows_ahead` has it. The same in every run.
+    assert int(model.optimizer.iterations) == 8
 
 
 # -- Windows ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("steps_per_execution", [2, 5, 64])
-def test_windows_change_nothing_but_the_callbacks(steps_per_execution):
+def test_windows_change_nothing_but_the_callbacks():
     models, ends = [], []
-    for steps in (1, steps_per_execution):
+    for steps in (1, 2, 5, 64):
         model = make_model(steps_per_execution=steps)
         stop = StopAfter(-1)
-        fdg_keras.fit(model, X, Y, splits=3, callbacks=[stop], **FIT)
+        fdg_keras.fit(model, X, Y, splits=2, callbacks=[stop], **FIT)
         models.append(model)
         ends.append(stop.seen)
-    assert_identical_weights(*models)
+    for model in models[1:]:
+        assert_identical_weights(model, models[0])
     # Six batches, the last one short.
-    assert ends[0] == [0, 1, 2, 3, 4, 5]
-    assert ends[1] == {2: [1, 3, 5], 5: [4, 5], 64: [5]}[steps_per_execution]
+    assert ends == [[0, 1, 2, 3, 4, 5], [1, 3, 5], [4, 5], [5]]
 
 
 # -- Evaluate and predict -----------------------------------------------------
@@ -622,26 +627,42 @@ def test_evaluate_and_predict_change_nothing(trained):
         np.testing.assert_array_equal(a, b)
 
 
-def test_predict_calls_callbacks_as_keras_does(trained):
-    class Outputs(keras.callbacks.Callback):
-        def __init__(self):
-            super().__init__()
-            self.events = []
+class Outputs(keras.callbacks.Callback):
+    """Notes the shapes of outputs, and may stop."""
 
-        def on_predict_begin(self, logs=None):
-            self.events.append("begin")
+    def __init__(self, stop_after=None):
+        super().__init__()
+        self.events = []
+        self.stop_after = stop_after
 
-        def on_predict_batch_end(self, batch, logs=None):
-            shapes = keras.tree.map_structure(np.shape, logs["outputs"])
-            self.events.append((batch, shapes))
+    def on_predict_begin(self, logs=None):
+        self.events.append("begin")
 
-        def on_predict_end(self, logs=None):
-            self.events.append("end")
+    def on_predict_batch_end(self, batch, logs=None):
+        shapes = keras.tree.map_structure(np.shape, logs["outputs"])
+        self.events.append((batch, shapes))
+        self.model.stop_predicting = batch == self.stop_after
 
-    found, wanted = Outputs(), Outputs()
-    trained.predict(X, batch_size=4, callbacks=[found], verbose=0)
-    trained.model.predict(X, batch_size=4, callbacks=[wanted], verbose=0)
-    assert found.events == wanted.events
+    def on_predict_end(self, logs=None):
+        self.events.append("end")
+
+
+@pytest.mark.parametrize("stop_after", [None, 1])
+def test_predict_calls_callbacks_as_keras_does(trained, stop_after):
+    results, events = [], []
+    for one in (trained, trained.model):
+        spy = Outputs(stop_after)
+        results.append(one.predict(X, batch_size=4, callbacks=[spy], verbose=0))
+        events.append(spy.events)
+    assert events[0] == events[1]
+    np.testing.assert_allclose(*results, rtol=1e-5, atol=1e-6)
+    # What was on its way is not taken for the next outputs.
+    np.testing.assert_allclose(
+        trained.predict(X, batch_size=4, verbose=0),
+        trained.model.predict(X, batch_size=4, verbose=0),
+        rtol=1e-5,
+        atol=1e-6,
+    )
 
 
 # -- Precision and compilation ------------------------------------------------
@@ -661,10 +682,22 @@ def test_mixed_bfloat16():
 
 
 def test_compiled_by_xla():
-    model = make_model(jit_compile=True)
-    expected = make_model(jit_compile=False)
+    def make(**compiled):
+        keras.utils.set_random_seed(3)
+        model = keras.Sequential(
+            [
+                keras.Input((4,)),
+                layers.Dense(5, "tanh", name="one"),
+                layers.BatchNormalization(name="norm"),
+                layers.Dense(2, kernel_regularizer="l2", name="two"),
+            ]
+        )
+        model.compile("adam", "mse", **compiled)
+        return model
+
+    model, expected = make(jit_compile=True), make(jit_compile=False)
     for one in (model, expected):
-        fdg_keras.fit(one, X, Y, splits=2, **FIT)
+        fdg_keras.fit(one, X, Y, splits=["one"], **FIT)
     assert_same_weights(model, expected)
 
 
@@ -713,9 +746,9 @@ def test_every_stage_computes_on_its_device():
     model = keras.Sequential(
         [
             keras.Input((4,)),
-            layers.Dense(5, "elu", name="one"),
-            layers.Dense(5, "softplus", name="two"),
-            layers.Dense(5, "sigmoid", name="three"),
+            layers.Dense(5, "softsign", name="one"),
+            layers.Dense(5, "relu6", name="two"),
+            layers.Dense(5, "selu", name="three"),
             layers.Dense(2, name="four"),
         ]
     )
@@ -735,21 +768,15 @@ def test_every_stage_computes_on_its_device():
             for node in graph.node:
                 where.setdefault(node.op, set()).add(node.device[-5:])
     for device, operations in {
-        "CPU:3": ["Elu", "EluGrad"],
-        "CPU:4": ["Softplus", "SoftplusGrad"],
-        "CPU:5": ["Sigmoid", "SigmoidGrad"],
+        "CPU:3": ["Softsign", "SoftsignGrad"],
+        "CPU:4": ["Relu6Grad"],  # TensorFlow fuses Relu6
+        "CPU:5": ["Selu", "SeluGrad"],
     }.items():
         for operation in operations:
             assert where[operation] == {device}, operation
-    stages = {"CPU:3", "CPU:4", "CPU:5"}
-    for operation in (
-        "MatMul",
-        "BiasAddGrad",
-        "AssignSubVariableOp",
-        "QueueEnqueueV2",
-        "QueueDequeueV2",
-    ):
-        assert where[operation] == stages, operation
+    for part in ("MatMul", "AssignSub", "QueueEnqueue", "QueueDequeue"):
+        found = set().union(*(where[name] for name in where if part in name))
+        assert found == {"CPU:3", "CPU:4", "CPU:5"}, part
 
 
 def test_variables_are_with_their_stages_while_these_train():
@@ -775,9 +802,9 @@ def test_variables_are_with_their_stages_while_these_train():
 
 def test_stages_may_share_a_device():
     models = []
-    for devices in (["CPU:1"] * 3, ["CPU:2", "CPU:3", "CPU:4"]):
+    for devices in (["CPU:1"] * 2, ["CPU:2", "CPU:3"]):
         model = make_model()
-        fdg_keras.fit(model, X, Y, splits=3, devices=devices, **FIT)
+        fdg_keras.fit(model, X, Y, splits=2, devices=devices, **FIT)
         models.append(model)
     assert_identical_weights(*models)
 
