@@ -207,8 +207,14 @@ def compiled_loss(model: keras.Model) -> Any:
 
 
 def compiled_parts(model: keras.Model) -> tuple:
-    """Returns what `compile` made. Private: `_compile_loss`, ..."""
-    return (model.optimizer, model._compile_loss, model._compile_metrics)
+    """Returns what `compile` made, and the learning rate's schedule if any.
+
+    Private: `_compile_loss`, `_compile_metrics`, `Optimizer._learning_rate`.
+    """
+    rate = model.optimizer._learning_rate
+    schedule = None if isinstance(rate, keras.Variable) else rate
+    parts = (model.optimizer, model._compile_loss, model._compile_metrics)
+    return (*parts, schedule)
 
 
 def loss_tracker(model: keras.Model) -> keras.metrics.Mean:

@@ -136,10 +136,10 @@ class Conductor:
             def feeder() -> None:
                 self._feeder(epoch, orders, inboxes)
 
-            crew.start("fdg-feeder", feeder)
-            for k, inbox in enumerate(inboxes):
-                crew.start(f"fdg-stage-{k}", self._worker(crew, k, inbox))
             try:
+                crew.start("fdg-feeder", feeder)
+                for k, inbox in enumerate(inboxes):
+                    crew.start(f"fdg-stage-{k}", self._worker(crew, k, inbox))
                 self._announce(crew, orders, epoch, learning_rate, begin, end)
             except KeyboardInterrupt as error:
                 error.add_note(f"Interrupted in this epoch: {self._where()}.")

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import keras
 
@@ -17,6 +17,9 @@ from fdg_keras.placement import Relocation
 from fdg_keras.slicing import Graph, Slice
 
 Mode = Literal["train", "test", "predict"]
+
+# Where a Keras model keeps what it has compiled.
+_FUNCTIONS = ("train_function", "test_function", "predict_function")
 
 
 @dataclass(frozen=True)
@@ -71,13 +74,29 @@ class Deployment:
         self._settings = settings
         self._relocation = Relocation()
         self._built: dict[Mode, Built] = {}
+        self._jit_compile = False
+        self._functions: dict[str, Any] = {}
 
     def __enter__(self) -> "Deployment":
+        model = self._model
+        if not self._relocation.is_away:
+            # What the model compiled, it compiled for its variables at home;
+            # and XLA refuses variables that are spread over devices.
+            self._jit_compile = bool(model.jit_compile)
+            self._functions = {n: getattr(model, n) for n in _FUNCTIONS}
+            self._set_functions(dict.fromkeys(_FUNCTIONS), False)
         self._relocation.__enter__()
         return self
 
     def __exit__(self, *details: object) -> None:
         self._relocation.__exit__(*details)
+        if not self._relocation.is_away:
+            self._set_functions(self._functions, self._jit_compile)
+
+    def _set_functions(self, functions: dict, jit_compile: bool) -> None:
+        for name, function in functions.items():
+            setattr(self._model, name, function)
+        self._model.jit_compile = jit_compile
 
     def run(
         self,
@@ -96,8 +115,10 @@ class Deployment:
                 return
             built.optimizers.pull()
             rate = built.optimizers.learning_rate
-            conductor.run(epoch, rate, begin, end)
-            built.optimizers.push()
+            try:
+                conductor.run(epoch, rate, begin, end)
+            finally:
+                built.optimizers.push()
 
     def build(self, mode: Mode, spec: Spec) -> Built:
         """Returns what runs batches like `spec`, built if need be.
@@ -131,7 +152,7 @@ class Deployment:
             self._settings if mode == "train" else None,
             optimizers.stages if optimizers else [],
             objective,
-            bool(model.jit_compile),
+            self._jit_compile,
         )
         self._built[mode] = Built(
             spec, compiled, trainable, pipeline, optimizers

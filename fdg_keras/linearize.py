@@ -135,6 +135,9 @@ class Linearized:
         if not any(fetches):
             return self.forward_only()
         kept = self._kept(fetches, stash)
+        if any(t.dtype == tf.variant for t in kept):
+            # XLA cannot hand out what a loop keeps for its gradient.
+            self._jit_compile = False
         arguments = [*weights, *state, *inputs]
         position = {t.name: i for i, t in enumerate(arguments)}
         stash_arguments = [position.get(t.name) for t in kept]
@@ -254,6 +257,12 @@ class Linearized:
         weights, state, inputs = self._arguments
         if stash == "replay":
             cut = {t.name for t in [*state, *inputs]}
+            cut |= {
+                t.name
+                for op in self._wrapped.graph.get_operations()
+                if op.name in self._forward_operations and op.op_def.is_stateful
+                for t in op.outputs
+            }
         else:
             cut = self._crossing(free=weights if stash == "current" else [])
         kept, _ = _ancestors(
@@ -267,15 +276,18 @@ class Linearized:
         """Returns the names of the forward's tensors the backward reads.
 
         Tensors that depend on nothing but constants and on `free` arguments
-        are left out: the backward computes them itself.
+        are left out: the backward computes them itself. What a stateful
+        operation made (a random number, say) is not: it would make another.
         """
         arguments = {t.name for group in self._arguments for t in group}
         fixed = arguments - {t.name for t in free}
         varies: dict[str, bool] = {}
         operations = self._wrapped.graph.get_operations()
         for op in operations:  # in topological order
-            varies[op.name] = any(t.name in fixed for t in op.outputs) or any(
-                varies[t.op.name] for t in op.inputs
+            varies[op.name] = (
+                op.op_def.is_stateful
+                or any(t.name in fixed for t in op.outputs)
+                or any(varies[t.op.name] for t in op.inputs)
             )
         return {
             t.name

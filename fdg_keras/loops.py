@@ -257,7 +257,7 @@ class Loop:
         stash = self._cut.stash(arguments, made)
         if self._stash is not None:
             done += self._stash.enqueue(stash)
-        with tf.control_dependencies(done + outputs):
+        with tf.device(self._host), tf.control_dependencies(done + outputs):
             done.append(self._forwards.assign_add(1, read_value=False))
         return waited, (stash, gradients), done
 

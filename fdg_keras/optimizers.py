@@ -45,6 +45,13 @@ def check_optimizer(optimizer: Any) -> None:
         )
 
 
+def is_scale_invariant(optimizer: keras.optimizers.Optimizer) -> bool:
+    """Whether a gradient times a constant makes (nearly) the same update."""
+    o = keras.optimizers
+    kinds = (o.Adam, o.Adamax, o.Nadam, o.RMSprop, o.Adagrad, o.Adadelta)
+    return isinstance(optimizer, (*kinds, o.Adafactor, o.Lion, o.Lamb))
+
+
 class StageOptimizers:
     """The optimizers of all stages.
 
@@ -104,8 +111,14 @@ class StageOptimizers:
                 mine.assign(whole)
 
     def push(self) -> None:
-        """Copies them back; all stages have made the same steps."""
-        for mine, whole in zip(self._others[-1], self._remaining()):
+        """Copies them back from the stage that has made the most steps.
+
+        All stages have made the same steps if nothing failed, but for those
+        without a gradient, which make none.
+        """
+        steps = [int(_keras.step_counter_of(stage)) for stage in self.stages]
+        ahead = self._others[steps.index(max(steps))]
+        for mine, whole in zip(ahead, self._remaining()):
             whole.assign(mine)
 
     def learning_rate(self) -> float:

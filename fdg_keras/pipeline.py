@@ -1,5 +1,6 @@
 """All stages with their links and compiled loops, for one kind of batch."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -204,7 +205,9 @@ class Pipeline:
 
     def close(self) -> None:
         """Closes all links for good; wakes everything that waits for one."""
+        self.broken = True
         for loop in self.loops:
             for link in loop.links:
-                link.close()
-        self.broken = True
+                # A device that is gone must not keep the others waiting.
+                with contextlib.suppress(tf.errors.OpError):
+                    link.close()

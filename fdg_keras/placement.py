@@ -3,7 +3,7 @@
 import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import keras
 import tensorflow as tf
@@ -87,6 +87,8 @@ class Relocation:
 
     def alias(self, variable: keras.Variable, other: keras.Variable) -> None:
         """Lets a variable keep its value where `other` keeps its own."""
+        if id(variable) in self._moves:
+            self._moves.pop(id(variable)).come_back()
         home = _keras.get_storage(variable)
         self._add(_Move(variable, home, _keras.get_storage(other)))
 
@@ -104,6 +106,11 @@ class Relocation:
             yield
         finally:
             self._enter(depth)
+
+    @property
+    def is_away(self) -> bool:
+        """Whether variables are on the devices of their stages now."""
+        return self._depth > 0
 
     def _enter(self, depth: int = 1) -> None:
         if depth and not self._depth:
@@ -125,18 +132,25 @@ class Relocation:
         self._leave()
 
 
-class _Move(NamedTuple):
+@dataclass
+class _Move:
     variable: keras.Variable
     home: tf.Variable
     away: tf.Variable
+    # Kept for each variable: an interrupt may come between two of them.
+    is_away: bool = False
 
     def go(self) -> None:
-        self.away.assign(self.home)
-        _keras.set_storage(self.variable, self.away)
+        if not self.is_away:
+            self.away.assign(self.home)
+            _keras.set_storage(self.variable, self.away)
+            self.is_away = True
 
     def come_back(self) -> None:
-        self.home.assign(self.away)
-        _keras.set_storage(self.variable, self.home)
+        if self.is_away:
+            self.home.assign(self.away)
+            _keras.set_storage(self.variable, self.home)
+            self.is_away = False
 
 
 def _logical_devices(kind: str | None = None) -> list[str]:

@@ -93,9 +93,11 @@ class Crew:
 
     def _join(self) -> None:
         deadline = time.monotonic() + _PATIENCE_S
-        for thread in self._threads:
+        # An interrupt may have come before the last one was started.
+        started = [t for t in self._threads if t.ident is not None]
+        for thread in started:
             thread.join(max(deadline - time.monotonic(), 0.0))
-        late = [thread for thread in self._threads if thread.is_alive()]
+        late = [thread for thread in started if thread.is_alive()]
         if late:
             names = ", ".join(thread.name for thread in late)
             warnings.warn(

@@ -1,5 +1,6 @@
 """`Trainer`: a Keras model, sliced, with Keras' contract of `fit`."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from fdg_keras.delays import Order
 from fdg_keras.deployment import Deployment, Mode
 from fdg_keras.hooks import Hooks, as_floats, capped_epochs, validates
 from fdg_keras.linearize import Stash
+from fdg_keras.optimizers import is_scale_invariant
 from fdg_keras.pipeline import Settings
 from fdg_keras.placement import resolve_devices
 from fdg_keras.slicing import cut_graph, trace_graph
@@ -81,6 +83,7 @@ class Trainer:
         transform = transforms.get(shrink)
         check_model(model)
         self.model = model
+        _warn_if_shrinking_is_futile(transform, model)
         self._graph = graph = trace_graph(model)
         cuts = planning.choose_cuts(graph, splits)
         names = resolve_devices(devices, len(cuts) + 1)
@@ -310,6 +313,17 @@ class Trainer:
             hooks.begin(mode, batch)
 
         self._deployment.run(mode, batches, hooks.pace(mode), begin, end)
+
+
+def _warn_if_shrinking_is_futile(transform: Any, model: keras.Model) -> None:
+    shrinks = getattr(transform, "beta", 1) != 1
+    if shrinks and is_scale_invariant(model.optimizer):
+        warnings.warn(
+            f"{type(model.optimizer).__name__} divides gradients by their own "
+            f"size, so that {transform!r} does next to nothing. Lower the "
+            "learning rate, or use SGD.",
+            stacklevel=3,
+        )
 
 
 def fit(
