@@ -1,9 +1,11 @@
 """Bugs that were there once, each with its story."""
 
 import gc
+import threading
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 
 import fdg_keras
@@ -111,3 +113,157 @@ def test_a_variable_that_is_at_home_is_not_moved():
     first, second = (stage.device for stage in trainer.plan.stages)
     assert first == model.layers[0].kernel.value.device == CPU
     assert second != first
+
+
+def small_model(*last, optimizer=None):
+    model = keras.Sequential(
+        [
+            keras.Input((4,)),
+            keras.layers.Dense(5, "tanh", name="first"),
+            keras.layers.Dense(3, name="second"),
+            *last,
+        ]
+    )
+    model.compile(optimizer or keras.optimizers.SGD(0.1, momentum=0.9), "mse")
+    return model
+
+
+def small_data():
+    random = np.random.RandomState(0)
+    return random.rand(24, 4).astype("f"), random.rand(24, 3).astype("f")
+
+
+def quiet_fit(trainer, **kwargs):
+    x, y = small_data()
+    return trainer.fit(x, y, batch_size=4, shuffle=False, verbose=0, **kwargs)
+
+
+def test_predict_in_a_callback_sees_the_weights_of_now():
+    """What the model had compiled went on reading its variables at home."""
+    model = small_model()
+    x, _ = small_data()
+    model.predict(x, verbose=0)
+    found = []
+
+    class Predict(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            found.append(
+                np.abs(model.predict(x, verbose=0) - model(x).numpy()).max()
+            )
+
+    quiet_fit(fdg_keras.Trainer(model, 2), epochs=2, callbacks=[Predict()])
+    assert max(found) < 1e-5
+    for weight in model.weights:
+        weight.assign(0 * weight)
+    assert not model.predict(x, verbose=0).any()
+
+
+def test_steps_are_counted_without_weights_in_the_last_stage():
+    """The counter came from the last stage, which had made no update."""
+    softmax = keras.layers.Softmax()
+    model = small_model(softmax, optimizer=keras.optimizers.Adam(0.01))
+    expected = small_model(
+        keras.layers.Softmax(), optimizer=keras.optimizers.Adam(0.01)
+    )
+    expected.set_weights(model.get_weights())
+    x, y = small_data()
+    expected.fit(x, y, batch_size=4, epochs=3, shuffle=False, verbose=0)
+    quiet_fit(fdg_keras.Trainer(model, ["second"], delay=0), epochs=3)
+    assert int(model.optimizer.iterations) == 18
+    for a, b in zip(model.get_weights(), expected.get_weights()):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_schedule_set_between_fits_is_obeyed():
+    """The compiled stages had a variable, and were told a rate of 0."""
+    model = small_model()
+    trainer = fdg_keras.Trainer(model, 2)
+    quiet_fit(trainer)
+    model.optimizer.learning_rate = keras.optimizers.schedules.ExponentialDecay(
+        0.1, 10, 0.9
+    )
+    before = model.get_weights()
+    quiet_fit(trainer)
+    after = model.get_weights()
+    assert all(np.abs(a - b).max() > 1e-4 for a, b in zip(before, after))
+
+
+def test_steps_are_counted_until_a_failure():
+    """After an exception the weights were trained and the counter was not."""
+    model = small_model()
+
+    class Fail(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == 3:
+                raise KeyError("enough")
+
+    with pytest.raises(KeyError, match="enough"):
+        quiet_fit(fdg_keras.Trainer(model, 2), callbacks=[Fail()])
+    assert int(model.optimizer.iterations) >= 4
+
+
+def test_slots_come_home_after_the_stages_were_rebuilt():
+    """The second pipeline took the stages' storage for the slots' home."""
+    model = small_model()
+    trainer = fdg_keras.Trainer(model, 2, ["CPU:1", "CPU:2"])
+    homes = [v.value.device for v in model.variables]
+    quiet_fit(trainer)
+    x, y = small_data()
+    trainer.fit(x[:8].astype("int32"), y[:8], batch_size=8, verbose=0)
+    assert [v.value.device for v in model.variables] == homes
+    assert {v.value.device for v in model.optimizer.variables} == set(homes)
+
+
+def test_an_interrupt_while_threads_start_hangs_nobody(monkeypatch):
+    """Threads that had started waited for messages nobody would send."""
+    trainer = fdg_keras.Trainer(small_model(), 2)
+    quiet_fit(trainer)
+    start = threading.Thread.start
+
+    def interrupted(thread):
+        if thread.name == "fdg-stage-1":
+            raise KeyboardInterrupt
+        start(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(
+            KeyboardInterrupt, match="Interrupted in this epoch"
+        ):
+            quiet_fit(trainer)
+    quiet_fit(trainer)
+
+
+@pytest.mark.parametrize("stash", ["exact", "current", "replay"])
+def test_a_random_number_is_drawn_once(stash):
+    """Without an argument it depended on none, and was drawn again."""
+
+    class Noise(keras.layers.Layer):
+        def call(self, x):
+            return x * tf.random.uniform((3,), 0.5, 1.5)
+
+    def gradient_over_output(model_stash):
+        # d(sum)/db of `noise * (w x + b)` is the noise the output was made of.
+        inputs = keras.Input((1,))
+        dense = keras.layers.Dense(3, kernel_initializer="zeros", name="dense")
+        dense.bias_initializer = keras.initializers.Ones()
+        model = keras.Model(inputs, Noise()(dense(inputs)))
+        model.compile(
+            keras.optimizers.SGD(1.0),
+            loss=lambda y, p: keras.ops.sum(p, axis=-1),
+        )
+        trainer = fdg_keras.Trainer(model, 1, stash=model_stash)
+        history = trainer.fit(
+            np.zeros((1, 1)), np.zeros((1, 1)), verbose=0, batch_size=1
+        )
+        applied = 1 - dense.bias.numpy()
+        return history.history["loss"][0], applied.sum()
+
+    forward, backward = gradient_over_output(stash)
+    assert forward == pytest.approx(backward, rel=1e-5)
+
+
+def test_shrinking_a_scale_invariant_optimizer_is_said_to_be_futile():
+    model = small_model(optimizer="adam")
+    with pytest.warns(UserWarning, match="does next to nothing"):
+        fdg_keras.Trainer(model, 2, shrink=0.5)
