@@ -20,14 +20,22 @@ from fdg_keras.transforms import GradientTransformer
 class Ports:
     """The links of one stage; `None` where there is none.
 
+    Every link lives on its consumer's device (on a GPU, with its tensors).
+    Shapes are `[B, ...]`, dtypes those of the model; `Link.specs` has them.
+
     Attributes:
-        feeds: Producer: the feeder. Model inputs this stage uses.
-        targets: Producer: the feeder. Last stage only, see `Objective`.
-        activations_in: Producer: the stage before.
-        activations_out: Consumer: the stage after, or for `predict` the
-            caller.
-        gradients_in: Producer: the stage after.
-        gradients_out: Consumer: the stage before.
+        feeds: The model inputs this stage uses. Producer: the feeder.
+            Capacity: what is announced, see `delays.windows_ahead`.
+        targets: Targets, sample weights and batch size, for the last stage,
+            see `Objective`. Producer and capacity: as `feeds`.
+        activations_in: What `Boundary` says. Producer: the stage before.
+            Capacity: `delay + 1` batches. Delay added: none.
+        activations_out: The same of the stage after; for `predict` the
+            model's outputs, taken by the caller.
+        gradients_in: Gradients of the loss by the sent values that have one.
+            Producer: the stage after. Capacity: `delay + 1` batches. Delay
+            added: `delay` batches, because a stage runs B(t - d_k) at tick t.
+        gradients_out: The same of the stage before.
     """
 
     feeds: Link | None = None
