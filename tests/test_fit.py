@@ -264,33 +264,52 @@ def test_masks_reach_the_loss(splits):
     )
 
 
-def test_a_layers_own_metrics_and_statistics():
-    class Watch(layers.Layer):
-        def __init__(self):
-            super().__init__(name="watch")
-            self.mean = keras.metrics.Mean(name="activity")
+class Watch(layers.Layer):
+    """Has a metric of its own."""
 
-        def call(self, x):
-            self.mean.update_state(keras.ops.mean(x))
-            return x
+    def __init__(self):
+        super().__init__(name="watch")
+        self.mean = keras.metrics.Mean(name="activity")
 
-    def make():
-        keras.utils.set_random_seed(3)
-        model = keras.Sequential(
-            [
-                keras.Input((4,)),
-                layers.Dense(5, "relu", name="one"),
-                Watch(),
-                layers.BatchNormalization(momentum=0.7, name="norm"),
-                layers.Dense(2, name="two"),
-            ]
-        )
-        model.compile("sgd", "mse", metrics=["mae"])
-        return model
+    def call(self, x):
+        self.mean.update_state(keras.ops.mean(x))
+        return x
 
-    assert_fits_like_keras(
-        make, X, Y, splits=["watch"], epochs=2, validation_split=0.3
+
+def make_watched():
+    keras.utils.set_random_seed(3)
+    model = keras.Sequential(
+        [
+            keras.Input((4,)),
+            layers.Dense(5, "relu", name="one"),
+            Watch(),
+            layers.BatchNormalization(momentum=0.7, name="norm"),
+            layers.Dense(2, name="two"),
+        ]
     )
+    model.compile("sgd", "mse", metrics=["mae"])
+    return model
+
+
+def test_a_layers_own_metrics_and_statistics():
+    assert_fits_like_keras(
+        make_watched, X, Y, splits=["watch"], epochs=2, validation_split=0.3
+    )
+
+
+@pytest.mark.parametrize("splits", [["one"], ["watch"]])
+def test_batches_see_the_metrics_of_the_last_stage(splits):
+    """Those of other stages are elsewhere, and at another batch."""
+    seen = set()
+    spy = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda _, logs: seen.update(logs)
+    )
+    history = fdg_keras.fit(
+        make_watched(), X, Y, splits=splits, callbacks=[spy], **FIT
+    )
+    assert set(history.history) == {"loss", "mae", "activity"}
+    watched = splits == ["one"]
+    assert seen == {"loss", "mae"} | ({"activity"} if watched else set())
 
 
 def test_only_losses_of_the_layers_own():
