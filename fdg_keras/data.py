@@ -76,7 +76,10 @@ class Batches:
             targets = [t for t in tf.nest.flatten((y, weight)) if t is not None]
             return tuple(inputs), (*targets, size)
 
-        self.dataset = dataset.map(arrange)
+        try:
+            self.dataset = dataset.map(arrange)
+        except ValueError as error:
+            raise ValueError(_misfit(graph, dataset.element_spec)) from error
         inputs, _ = self.dataset.element_spec
         _, y, weight = keras.utils.unpack_x_y_sample_weight(
             dataset.element_spec
@@ -214,6 +217,19 @@ def _check_dense(specs: Any) -> None:
                 "`tf.sparse.to_dense` or `.to_tensor()` before training. "
                 f"Received: {spec}"
             )
+
+
+def _misfit(graph: Graph, received: Any) -> str:
+    wanted = [
+        f"{graph.symbols[v].name!r} {tuple(graph.symbols[v].shape)}"
+        for v in graph.inputs
+    ]
+    return (
+        "The data do not fit the model's inputs: expected batches for "
+        f"{', '.join(wanted)}, received {received}. A `tf.data.Dataset` must "
+        "be batched (`.batch(...)`); inputs come as a list in this order or "
+        "as a dictionary."
+    )
 
 
 def _check_shapes(inputs: Sequence[tf.TensorSpec], graph: Graph) -> None:

@@ -113,12 +113,19 @@ class Deployment:
             if built.optimizers is None:
                 conductor.run(epoch, begin=begin, end=end)
                 return
-            built.optimizers.pull()
-            rate = built.optimizers.learning_rate
+            optimizers = built.optimizers
+            optimizers.pull()
+            before = optimizers.steps
+
+            def counted_end(batch: int, metrics: dict) -> bool:
+                optimizers.steps = before + batch + 1
+                return end(batch, metrics)
+
+            rate = optimizers.learning_rate
             try:
-                conductor.run(epoch, rate, begin, end)
+                conductor.run(epoch, rate, begin, counted_end)
             finally:
-                built.optimizers.push()
+                optimizers.push()
 
     def build(self, mode: Mode, spec: Spec) -> Built:
         """Returns what runs batches like `spec`, built if need be.

@@ -1,6 +1,7 @@
 """What the last stage does beyond its layers: the loss and the metrics."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
@@ -55,12 +56,28 @@ class Objective:
                 "layers add losses of their own."
             )
         symbols = [graph.symbols[v] for v in graph.outputs]
-        _keras.build_losses_and_metrics(
-            model,
-            _symbolic(spec.y),
-            _keras.pack_outputs(graph.functional, symbols),
-            _symbolic(spec.sample_weight),
-        )
+        with self.fitting():
+            _keras.build_losses_and_metrics(
+                model,
+                _symbolic(spec.y),
+                _keras.pack_outputs(graph.functional, symbols),
+                _symbolic(spec.sample_weight),
+            )
+
+    @contextlib.contextmanager
+    def fitting(self) -> Iterator[None]:
+        """Says what was expected if targets do not fit loss or metrics."""
+        try:
+            yield
+        except (ValueError, TypeError) as error:
+            outputs = [
+                tuple(self._graph.symbols[v].shape) for v in self._graph.outputs
+            ]
+            raise ValueError(
+                "The targets do not fit the compiled loss or metrics: "
+                f"expected targets for outputs of shape {outputs}, received "
+                f"y and sample weights {self._structure}. Keras said: {error}"
+            ) from error
 
     def update(
         self,

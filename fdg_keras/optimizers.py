@@ -121,6 +121,15 @@ class StageOptimizers:
         for mine, whole in zip(ahead, self._remaining()):
             whole.assign(mine)
 
+    @property
+    def steps(self) -> int:
+        """How often the model's optimizer was applied, for callbacks."""
+        return int(_keras.step_counter_of(self._whole))
+
+    @steps.setter
+    def steps(self, count: int) -> None:
+        _keras.step_counter_of(self._whole).assign(count)
+
     def learning_rate(self) -> float:
         """Returns the learning rate to announce, 0 if a schedule gives it."""
         source = _keras.learning_rate_of(self._whole)

@@ -122,11 +122,12 @@ class Pipeline:
             )
             found.extend(g is not None for g in gradients)
 
-        probe.get_concrete_function(
-            list(boundary.specs[:count]),
-            boundary.specs[-1] if boundary.has_loss else None,
-            list(objective.target_specs),
-        )
+        with objective.fitting():
+            probe.get_concrete_function(
+                list(boundary.specs[:count]),
+                boundary.specs[-1] if boundary.has_loss else None,
+                list(objective.target_specs),
+            )
         return found
 
     def _connect(self, gradients: list[list[bool]]) -> list[Ports]:

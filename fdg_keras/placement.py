@@ -182,7 +182,8 @@ def _full_name(device: str, known: Sequence[str]) -> str:
     if wanted is None or not wanted.device_type or not matches:
         raise ValueError(
             f"Unknown device. Expected one of {[_short(n) for n in known]}. "
-            f"Received: {device!r}. More logical devices can be made with "
+            f"Received: {device!r}. Leave `devices` out to take what there "
+            "is; logical devices can be made with "
             "`tf.config.set_logical_device_configuration` before TensorFlow "
             "starts."
         )

@@ -196,8 +196,8 @@ def _balanced(graph: Graph, splits: int) -> list[int]:
             f"This model can be cut into 1 to {len(legal) + 1} stages: it has "
             f"{len(graph.nodes)} layers and operations, and "
             f"{len(graph.nodes) - 1 - len(legal)} of the places between them "
-            "would split a shared layer. Received: "
-            f"splits={splits}"
+            "would split a shared layer. Ask for as many, or split layers "
+            f"that do much into several. Received: splits={splits}"
         )
     ends = np.array([*legal, len(graph.nodes) - 1])
     costs = [node_cost(graph, node) for node in graph.nodes]

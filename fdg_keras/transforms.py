@@ -87,9 +87,10 @@ def get(shrink: float | GradientTransformer) -> GradientTransformer:
     Raises:
         ValueError: If it is neither.
     """
-    if callable(shrink):
+    # A class is callable, too, and a common slip.
+    if callable(shrink) and not isinstance(shrink, type):
         return shrink
-    return GradientShrinking(shrink)
+    return GradientShrinking(shrink)  # type: ignore[arg-type]
 
 
 def apply(

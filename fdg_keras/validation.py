@@ -4,6 +4,7 @@ import numbers
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 from fdg_keras.delays import ORDERS
 from fdg_keras.linearize import STASHES
@@ -64,6 +65,15 @@ def check_model(model: Any) -> None:
         raise ValueError(
             "The model is not compiled. Call `model.compile(optimizer, loss)` "
             f"before training it in stages. Received: {model!r}"
+        )
+    if model.distribute_strategy is not tf.distribute.get_strategy() or (
+        tf.distribute.has_strategy()
+    ):
+        raise ValueError(
+            "Expected a model made outside of `tf.distribute`. Its variables "
+            "are mirrored, and a stage has one device. Build and compile the "
+            "model without a strategy. Received: "
+            f"{model.distribute_strategy!r}"
         )
     check_optimizer(model.optimizer)
     if model.run_eagerly:

@@ -267,3 +267,24 @@ def test_shrinking_a_scale_invariant_optimizer_is_said_to_be_futile():
     model = small_model(optimizer="adam")
     with pytest.warns(UserWarning, match="does next to nothing"):
         fdg_keras.Trainer(model, 2, shrink=0.5)
+
+
+def test_steps_are_counted_batch_by_batch():
+    """Within an epoch callbacks, and checkpoints, saw the epoch's start."""
+    model = small_model()
+    seen = []
+
+    class Count(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            seen.append(int(model.optimizer.iterations))
+
+    quiet_fit(fdg_keras.Trainer(model, 2), epochs=2, callbacks=[Count()])
+    assert seen == list(range(1, 13))
+
+
+def test_a_model_made_under_a_strategy_is_refused():
+    """It failed inside Keras' optimizer, with an error that named nothing."""
+    with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+        model = small_model()
+    with pytest.raises(ValueError, match="outside of `tf.distribute`"):
+        fdg_keras.Trainer(model, 2)
