@@ -286,5 +286,5 @@ def test_a_model_made_under_a_strategy_is_refused():
     """It failed inside Keras' optimizer, with an error that named nothing."""
     with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
         model = small_model()
-    with pytest.raises(ValueError, match="outside of `tf.distribute`"):
+    with pytest.raises(ValueError, match=r"outside of `tf\.distribute`"):
         fdg_keras.Trainer(model, 2)
