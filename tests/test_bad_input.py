@@ -291,8 +291,10 @@ def test_updates_that_a_stage_would_lose(layer, message):
 
 @pytest.mark.parametrize("devices", [["CPU:99"], ["GPU:7"], ["cup:0"], [None]])
 def test_unknown_devices(devices):
-    r"Unknown device\. Expected one of \['CPU:0'.*Received:"
-    r".*logical devices"
+    message = (
+        r"Unknown device\. Expected one of \['CPU:0'.*Received: "
+        r".*logical devices"
+    )
     with pytest.raises(ValueError, match=message):
         make_trainer(devices=devices)
 
