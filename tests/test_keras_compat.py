@@ -294,10 +294,20 @@ def test_compiled_parts_change_with_compile(model):
     parts = _keras.compiled_parts(model)
     assert parts[0] is model.optimizer
     assert _keras.compiled_parts(model) == parts
-    assert None not in parts
+    *made, schedule = parts
+    assert None not in made
+    assert schedule is None
     model.compile("sgd", "mse", metrics=["mae"])
-    again = _keras.compiled_parts(model)
-    assert not any(a is b for a, b in zip(parts, again, strict=True))
+    *again, _ = _keras.compiled_parts(model)
+    assert not any(a is b for a, b in zip(made, again, strict=True))
+
+
+def test_compiled_parts_have_the_schedule(model):
+    """It can be replaced without compiling anew."""
+    model.compile("sgd", "mse")
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 4, 0.5)
+    model.optimizer.learning_rate = schedule
+    assert _keras.compiled_parts(model)[-1] is schedule
 
 
 def test_loss_tracker_is_the_loss_in_the_logs(model):
