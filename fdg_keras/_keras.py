@@ -7,7 +7,7 @@ changes it fails there, by name, and not in somebody's training run.
 Checked against Keras 3.15 on TensorFlow 2.21.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import keras
@@ -282,6 +282,31 @@ def get_data_adapter(**kwargs: Any) -> Any:
     `num_batches`, `on_epoch_begin`, `on_epoch_end` of what it returns.
     """
     return _data_adapters.get_data_adapter(**kwargs)
+
+
+def remember_failures(adapter: Any, failures: list[BaseException]) -> None:
+    """Has what Python data raise appended to `failures`.
+
+    TensorFlow passes on the text of what a generator raises, not the exception.
+
+    Private: `get_tf_dataset` of an adapter iterates over `generator()` (for
+    generators), `_get_iterator()` (`PyDataset`) or `get_numpy_iterator()`
+    (torch's `DataLoader`).
+    """
+
+    def watched(iterate: Callable[[], Any]) -> Callable[[], Iterator[Any]]:
+        def generator() -> Iterator[Any]:
+            try:
+                yield from iterate()
+            except Exception as failure:
+                failures.append(failure)
+                raise
+
+        return generator
+
+    for name in ("generator", "_get_iterator", "get_numpy_iterator"):
+        if hasattr(adapter, name):
+            setattr(adapter, name, watched(getattr(adapter, name)))
 
 
 def train_validation_split(arrays: Any, validation_split: float) -> Any:

@@ -1,10 +1,11 @@
 """One epoch: who tells whom to run what, in which thread.
 
 The threads of an epoch: the feeder, one for each stage, and the caller's.
-The caller announces windows ("run so many ticks") to the feeder, which moves
-that many batches into the links and passes the announcement on to the stages.
-Each stage runs its compiled loop and reports back. At the end of an epoch all
-stages drain: nothing is in flight.
+The caller announces windows ("run so many ticks") to the feeder. The feeder
+moves their batches into the links, part by part, and has the stages run each
+part once it is there; it waits while more than two parts are on their way.
+Each stage runs its compiled loop and reports back. Callbacks are called
+between windows. At the end of an epoch all stages drain: nothing is in flight.
 """
 
 import contextlib
@@ -18,20 +19,29 @@ from fdg_keras.data import Epoch
 from fdg_keras.pipeline import Pipeline
 from fdg_keras.threads import Crew, Inbox
 
-# A window that nobody asked for is grown to last about this long, so that
-# what Python does for each window does not count.
-_WINDOW_S = 0.1
-_LONGEST_WINDOW = 4096
+# A part is grown to last about this long: what Python does for each part then
+# does not count, and the batches that wait to be run are few.
+_PART_S = 0.1
+_LONGEST_PART = 4096
 
-# What a stage says when it has finished the last window.
+# What a stage says when it has run the last part.
 _DRAINED = object()
 
 
-class Window(NamedTuple):
-    """An announcement to the stages: run ticks `start <= t < stop`."""
+class Part(NamedTuple):
+    """An announcement to the stages: run ticks `start <= t < stop`.
+
+    Attributes:
+        start: The first tick.
+        stop: The tick after the last one.
+        ends_window: Whether it is the last part of a window.
+        last: Whether it is the last part of the epoch, so that stages drain.
+        learning_rate: For all updates made within it.
+    """
 
     start: int
     stop: int
+    ends_window: bool
     last: bool
     learning_rate: float
 
@@ -55,32 +65,40 @@ class Usage:
     ticks: int = 0
 
 
-@dataclass
 class Pace:
-    """How many ticks a window has.
+    """How many ticks there are in a window, and in each part of one.
 
-    Attributes:
-        window: Ticks of the next window.
-        fixed: Whether that is what the user asked for.
+    Args:
+        window: Ticks of a window; `None` if nobody minds, so that each part
+            is a window.
     """
 
-    window: int = 1
-    fixed: bool = True
-    _last: float = 0.0
+    def __init__(self, window: int | None = None):
+        self._asked = window
+        self._grown = 1
+        self._last = 0.0
+
+    @property
+    def window(self) -> int:
+        """Ticks of the next window."""
+        return self._asked or self._grown
+
+    @property
+    def part(self) -> int:
+        """Ticks of the next part."""
+        return min(self.window, self._grown)
 
     def start(self) -> None:
         """Starts the clock, at the begin of an epoch."""
         self._last = time.perf_counter()
 
     def measure(self, ticks: int) -> None:
-        """Takes note that a window of `ticks` has just ended."""
+        """Takes note that a part of `ticks` has just ended."""
         now = time.perf_counter()
         per_tick = (now - self._last) / max(ticks, 1)
         self._last = now
-        if not self.fixed:
-            wanted = int(_WINDOW_S / max(per_tick, 1e-9))
-            grown = min(wanted, 2 * self.window, _LONGEST_WINDOW)
-            self.window = max(grown, 1)
+        wanted = int(_PART_S / max(per_tick, 1e-9))
+        self._grown = max(min(wanted, 2 * self._grown, _LONGEST_PART), 1)
 
 
 class Conductor:
@@ -129,25 +147,45 @@ class Conductor:
             loop.reset()
         self.usage = [Usage() for _ in self._pipeline.stages]
         self._pace.start()
-        with Crew(self._pipeline.close) as crew:
-            inboxes = [Inbox() for _ in self._pipeline.stages]
-            orders = Inbox()
+        crew = Crew(self._pipeline.close)
+        try:
+            with crew:
+                self._run(crew, epoch, learning_rate, begin, end)
+        except BaseException:
+            # All is compiled still, and only the links are closed. A thread
+            # that was left behind must find them closed when it comes to.
+            if crew.has_ended:
+                self._pipeline.reopen()
+            raise
 
-            def feeder() -> None:
-                self._feeder(epoch, orders, inboxes)
+    def _run(
+        self,
+        crew: Crew,
+        epoch: Epoch,
+        learning_rate: Callable[[], float],
+        begin: Callable[[int], None],
+        end: Callable[[int, dict], bool],
+    ) -> None:
+        """Starts the threads and announces all there is to do."""
+        inboxes = [Inbox() for _ in self._pipeline.stages]
+        orders, progress = Inbox(), Inbox()
 
-            try:
-                crew.start("fdg-feeder", feeder)
-                for k, inbox in enumerate(inboxes):
-                    crew.start(f"fdg-stage-{k}", self._worker(crew, k, inbox))
-                self._announce(crew, orders, epoch, learning_rate, begin, end)
-            except KeyboardInterrupt as error:
-                error.add_note(f"Interrupted in this epoch: {self._where()}.")
-                raise
-            finally:
-                orders.close()
-                for inbox in inboxes:
-                    inbox.close()
+        def feeder() -> None:
+            self._feeder(epoch, orders, progress, inboxes)
+
+        try:
+            # A data set may block for as long as it likes.
+            crew.start("fdg-feeder", feeder, may_be_left=True)
+            for k, inbox in enumerate(inboxes):
+                work = self._worker(crew, k, inbox, progress)
+                crew.start(f"fdg-stage-{k}", work)
+            self._announce(crew, orders, epoch, learning_rate, begin, end)
+        except KeyboardInterrupt as error:
+            error.add_note(f"Interrupted in this epoch: {self._where()}.")
+            raise
+        finally:
+            for inbox in (orders, progress, *inboxes):
+                inbox.close()
 
     def _announce(
         self,
@@ -159,33 +197,37 @@ class Conductor:
         end: Callable[[int, dict], bool],
     ) -> None:
         """Announces windows and receives them, in the caller's thread."""
-        announced = received = drained = 0
+        announced = ended = drained = 0
         last = False
 
         def announce(ahead: int) -> None:
             nonlocal announced
-            while not epoch.stopped and announced < received + ahead:
+            while not epoch.stopped and announced < ended + ahead:
                 orders.put(learning_rate())
                 announced += 1
 
         announce(self._ahead() - 1)
         while not last:
-            position = epoch.drawn
+            begun = epoch.drawn
             if not epoch.stopped:
-                with _noting(f"in a callback, before batch {position}"):
-                    begin(position)
+                with _noting(f"in a callback, before batch {begun}"):
+                    begin(begun)
             announce(self._ahead())
-            while (message := crew.receive()) is _DRAINED:
-                drained += 1
-            window, report = message
-            received += 1
-            last = window.last
-            epoch.drawn = position = window.stop
-            self._pace.measure(window.stop - window.start)
-            if window.stop > window.start and not epoch.stopped:
+            window_ended = False
+            while not window_ended:
+                message = crew.receive()
+                if message is _DRAINED:
+                    drained += 1
+                    continue
+                part, report = message
+                epoch.drawn = part.stop
+                window_ended, last = part.ends_window, part.last
+            ended += 1
+            if epoch.drawn > begun and not epoch.stopped:
                 metrics = {k: float(v) for k, v in report.metrics.items()}
-                with _noting(f"in a callback, after batch {position - 1}"):
-                    stop = end(position - 1, metrics)
+                batch = epoch.drawn - 1
+                with _noting(f"in a callback, after batch {batch}"):
+                    stop = end(batch, metrics)
                 if stop:
                     epoch.stopped = True
                     orders.close()
@@ -210,29 +252,46 @@ class Conductor:
         self,
         epoch: Epoch,
         orders: Inbox,
+        progress: Inbox,
         inboxes: Sequence[Inbox],
     ) -> None:
-        """Feeds and announces a window for each order."""
-        position, rate = 0, 0.0
+        """Feeds a window for each order, and announces it part by part."""
+        late = delays.stage_delay(
+            0, len(self._pipeline.stages), self._pipeline.delay
+        )
+        done = iter(progress)
+        position, finished, rate = 0, 0, 0.0
         last = False
         for rate in orders:
-            limit = epoch.limit
-            left = limit - position if limit else self._pace.window
-            wanted = min(self._pace.window, left)
-            with _noting(f"in the feeder, drawing from batch {position} on"):
-                fed = self._pipeline.feed(epoch.iterator, wanted)
-            last = fed < wanted or position + fed == limit
-            window = Window(position, position + fed, last, rate)
-            for inbox in inboxes:
-                inbox.put(window)
-            position += fed
+            stop = position + self._pace.window
+            if epoch.limit:
+                stop = min(stop, epoch.limit)
+            while position < stop and not last:
+                wanted = min(self._pace.part, stop - position)
+                # Stage 0 runs `late` batches ahead of the last one. Beside
+                # them one part is being run, and another one waits.
+                while position - finished > late + wanted:
+                    try:
+                        finished = next(done)
+                    except StopIteration:
+                        return
+                where = f"in the feeder, drawing from batch {position} on"
+                with _noting(where), epoch.original_failure():
+                    fed = self._pipeline.feed(epoch.iterator, wanted)
+                start, position = position, position + fed
+                last = fed < wanted or position == epoch.limit
+                ends_window = last or position == stop
+                for inbox in inboxes:
+                    inbox.put(Part(start, position, ends_window, last, rate))
             if last:
                 return
         # No more orders: all that is left to do is to drain.
         for inbox in inboxes:
-            inbox.put(Window(position, position, True, rate))
+            inbox.put(Part(position, position, True, True, rate))
 
-    def _worker(self, crew: Crew, k: int, inbox: Inbox) -> Callable[[], None]:
+    def _worker(
+        self, crew: Crew, k: int, inbox: Inbox, progress: Inbox
+    ) -> Callable[[], None]:
         """Returns what the thread of stage k does."""
         stage, loop, usage = (
             self._pipeline.stages[k],
@@ -243,15 +302,15 @@ class Conductor:
 
         def work() -> None:
             ended = time.perf_counter()
-            for window in inbox:
+            for part in inbox:
                 if crew.stopping:
                     return
                 started = time.perf_counter()
                 turns = delays.turns(
-                    window.start, window.stop, loop.late, window.last
+                    part.start, part.stop, loop.late, part.last
                 )
                 try:
-                    report = loop(*turns, window.learning_rate)
+                    report = loop(*turns, part.learning_rate)
                     activations = float(report.waited_activations)
                     gradients = float(report.waited_gradients)
                 except BaseException as error:
@@ -268,8 +327,10 @@ class Conductor:
                 usage.ticks += turns.fill + turns.steady
                 ended = now
                 if is_final:
-                    crew.send((window, report))
-                if window.last:
+                    self._pace.measure(part.stop - part.start)
+                    progress.put(part.stop)
+                    crew.send((part, report))
+                if part.last:
                     crew.send(_DRAINED)
                     return
 

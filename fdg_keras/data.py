@@ -8,7 +8,7 @@ need and pulled into their links by a compiled loop, in the feeder's thread.
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import keras
@@ -62,6 +62,8 @@ class Batches:
         self._adapter = _keras.get_data_adapter(
             steps_per_epoch=steps_per_epoch, **data
         )
+        self._failures: list[BaseException] = []
+        _keras.remember_failures(self._adapter, self._failures)
         dataset = self._adapter.get_tf_dataset()
         _check_dense(dataset.element_spec)
 
@@ -109,7 +111,8 @@ class Batches:
         if self._iterator is None or not self._steps_per_epoch:
             self._iterator = iter(self.dataset)
             self._drawn = 0
-        epoch = Epoch(self._iterator, self.steps)
+        self._failures.clear()
+        epoch = Epoch(self._iterator, self.steps, self._failures)
         try:
             yield epoch
         finally:
@@ -138,6 +141,24 @@ class Batches:
             self._iterator = None
 
 
+def validation_batches(
+    graph: Graph, data: Any, steps: int | None, batch_size: int | None
+) -> Batches | None:
+    """Returns the batches of `fit(validation_data=data)`, if there are any."""
+    if data is None:
+        return None
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+    return Batches(
+        graph,
+        steps,
+        x=x,
+        y=y,
+        sample_weight=sample_weight,
+        batch_size=batch_size,
+        shuffle=False,
+    )
+
+
 @dataclass
 class Epoch:
     """One pass over some batches.
@@ -145,14 +166,26 @@ class Epoch:
     Attributes:
         iterator: Yields them.
         limit: How many to draw at most, or `None`.
+        failures: What Python code has raised that makes the batches.
         drawn: How many were drawn; set by who draws.
         stopped: Whether drawing was stopped on purpose; likewise.
     """
 
     iterator: Any
     limit: int | None
+    failures: list[BaseException] = field(default_factory=list)
     drawn: int = 0
     stopped: bool = False
+
+    @contextlib.contextmanager
+    def original_failure(self) -> Iterator[None]:
+        """Raises what a generator raised in place of TensorFlow's account."""
+        try:
+            yield
+        except tf.errors.OpError as error:
+            if self.failures:
+                raise self.failures[0] from error
+            raise
 
 
 def make_feed(

@@ -37,7 +37,7 @@ class Built:
         mine = [*self.compiled, *itertools.chain(*self.trainable)]
         others = [*compiled, *itertools.chain(*trainable)]
         return (
-            not self.pipeline.broken
+            not self.pipeline.closed
             and self.spec == spec
             and len(mine) == len(others)
             and all(a is b for a, b in zip(mine, others))

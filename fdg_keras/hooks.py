@@ -61,7 +61,7 @@ class Hooks:
         if mode not in self._paces:
             asked = getattr(self._model, "steps_per_execution", 1) or 1
             fixed = asked > 1 or self._listens_to_batches(mode)
-            self._paces[mode] = Pace(asked, fixed)
+            self._paces[mode] = Pace(asked if fixed else None)
         return self._paces[mode]
 
     def _listens_to_batches(self, mode: str) -> bool:

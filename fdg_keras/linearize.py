@@ -14,11 +14,13 @@ the tensors of that set are the stash. The stash mode decides where to cut:
 Knows nothing of Keras or of threads.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import tensorflow as tf
+
+from fdg_keras.subgraphs import ancestors, extract
 
 Stash = Literal["exact", "current", "replay"]
 STASHES = ("exact", "current", "replay")
@@ -180,38 +182,7 @@ class Linearized:
         name: str,
         past: Collection[str] = (),
     ) -> Callable[..., Any]:
-        """Returns the part of the graph from `feeds` to `fetches`.
-
-        `self._wrapped.prune` copies what lies upstream of the feeds as well,
-        and fails where that reads one output of an operation (a `while`, say)
-        of which another output is fed.
-        """
-        graph = self._wrapped.graph
-        captures = {inner.name: outer for outer, inner in graph.captures}
-        flat = tf.nest.flatten(fetches, expand_composites=True)
-        stop = {*captures, *(t.name for t in feeds)}
-        _, operations = _ancestors(flat, stop, past)
-        definition, read = _part(graph.as_graph_def(), operations)
-
-        def part(*tensors: tf.Tensor) -> Any:
-            values = {t.name: value for t, value in zip(feeds, tensors)}
-            for key in sorted(read & captures.keys()):
-                values[key] = tf.identity(captures[key])
-            made = [t.name for t in flat if t.name not in values]
-            found = tf.graph_util.import_graph_def(
-                definition,
-                {key: values[key] for key in sorted(read & values.keys())},
-                made,
-                name="",
-            )
-            found = values | dict(zip(made, found))
-            return tf.nest.pack_sequence_as(
-                fetches, [found[t.name] for t in flat], expand_composites=True
-            )
-
-        function = tf.compat.v1.wrap_function(
-            part, [tf.TensorSpec(t.shape, t.dtype) for t in feeds], name
-        )
+        function = extract(self._wrapped.graph, feeds, fetches, name, past)
         if not self._jit_compile:
             return function
         return tf.function(
@@ -265,7 +236,7 @@ class Linearized:
             }
         else:
             cut = self._crossing(free=weights if stash == "current" else [])
-        kept, _ = _ancestors(
+        kept, _ = ancestors(
             tf.nest.flatten(fetches, expand_composites=True),
             cut,
             past=self._forward_operations,
@@ -346,63 +317,3 @@ def is_float(tensor: Any) -> bool:
 
 def _identity(gradient: Any) -> Any:
     return tf.nest.map_structure(tf.identity, gradient, expand_composites=True)
-
-
-def _ancestors(
-    tensors: Sequence[tf.Tensor], stop: Collection[str], past: Collection[str]
-) -> tuple[list[tf.Tensor], set[str]]:
-    """Returns what tensors are made of.
-
-    Args:
-        tensors: Of one graph.
-        stop: Names of tensors to go no further than.
-        past: Names of operations that need not be waited for, only read.
-
-    Returns:
-        The tensors of `stop`, and the names of the operations behind them.
-    """
-    # By name: an operation hands out its tensors as new Python objects.
-    reached: dict[str, tf.Tensor] = {}
-    seen: set[str] = set()
-    operations: list[tf.Operation] = []
-
-    def visit(needed: Iterable[tf.Tensor]) -> None:
-        for tensor in needed:
-            if tensor.name in stop:
-                reached[tensor.name] = tensor
-            else:
-                operations.append(tensor.op)
-
-    visit(tensors)
-    while operations:
-        op = operations.pop()
-        if op.name not in seen:
-            seen.add(op.name)
-            visit(op.inputs)
-            operations.extend(
-                before
-                for before in op.control_inputs
-                if before.name not in past
-            )
-    return list(reached.values()), seen
-
-
-def _part(definition: Any, operations: Collection[str]) -> tuple[Any, set[str]]:
-    """Returns some operations of a graph, and what they read.
-
-    Args:
-        definition: A `GraphDef`; it is changed.
-        operations: Names of those to keep.
-    """
-    nodes = [node for node in definition.node if node.name in operations]
-    read = set()
-    for node in nodes:
-        inputs = [i for i in node.input if i[0] != "^" or i[1:] in operations]
-        node.input[:] = inputs
-        # Where an operation runs is said by its device; what it was to be
-        # next to may be in the other part.
-        node.attr.pop("_class", None)
-        read |= {i if ":" in i else f"{i}:0" for i in inputs if i[0] != "^"}
-    del definition.node[:]
-    definition.node.extend(nodes)
-    return definition, read

@@ -9,6 +9,7 @@ lane, a queue on the host of the same machine.
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import tensorflow as tf
 
@@ -25,7 +26,8 @@ class Link:
     `dequeue` costs no thread.
 
     After `close` a blocked or later `dequeue` raises
-    `tf.errors.OutOfRangeError`, an `enqueue` `tf.errors.CancelledError`.
+    `tf.errors.OutOfRangeError`, an `enqueue` `tf.errors.CancelledError`, until
+    `reopen`.
 
     Args:
         specs: Shapes (dimensions may be unknown) and dtypes of the tensors.
@@ -89,6 +91,48 @@ class Link:
         for lane in self._lanes:
             lane.close()
 
+    def reopen(self) -> None:
+        """Makes a closed link a new, empty one, for compiled loops, too.
+
+        To be called when nobody waits for it any more.
+        """
+        for lane in self._lanes:
+            lane.reopen()
+
+
+@dataclass
+class Ports:
+    """The links of one stage; `None` where there is none.
+
+    Every link lives on its consumer's device (on a GPU, with its tensors).
+    Shapes are `[B, ...]`, dtypes those of the model; `Link.specs` has them.
+
+    Attributes:
+        feeds: The model inputs this stage uses. Producer: the feeder.
+            Capacity: none; the feeder waits by itself, see `conductor`.
+        targets: Targets, sample weights and batch size, for the last stage,
+            see `Objective`. Producer and capacity: as `feeds`.
+        activations_in: What `Boundary` says. Producer: the stage before.
+            Capacity: `delay + 1` batches. Delay added: none.
+        activations_out: The same of the stage after; for `predict` the
+            model's outputs, taken by the caller.
+        gradients_in: Gradients of the loss by the sent values that have one.
+            Producer: the stage after. Capacity: `delay + 1` batches. Delay
+            added: `delay` batches, because a stage runs B(t - d_k) at tick t.
+        gradients_out: The same of the stage before.
+    """
+
+    feeds: Link | None = None
+    targets: Link | None = None
+    activations_in: Link | None = None
+    activations_out: Link | None = None
+    gradients_in: Link | None = None
+    gradients_out: Link | None = None
+
+    def all(self) -> list[Link]:
+        """Returns the links there are."""
+        return [link for link in vars(self).values() if link is not None]
+
 
 class _Lane:
     """One queue: the members of a link that share a place."""
@@ -104,13 +148,18 @@ class _Lane:
         self._place = place
         self._dtypes = dtypes or [tf.bool]
         self._empty = not dtypes
-        name = f"fdg_{link.name}_{next(_names)}"
-        with tf.init_scope(), tf.device(place):
-            self._handle = tf.raw_ops.FIFOQueueV2(
+        self._capacity = link.capacity
+        self._name = f"fdg_{link.name}_{next(_names)}"
+        self._handle = self._make()
+
+    def _make(self) -> tf.Tensor:
+        """Makes the queue; returns a handle, which is little but its name."""
+        with tf.init_scope(), tf.device(self._place):
+            return tf.raw_ops.FIFOQueueV2(
                 component_types=self._dtypes,
-                capacity=link.capacity,
-                shared_name=name,
-                name=link.name,
+                capacity=self._capacity,
+                shared_name=self._name,
+                name=self._name,
             )
 
     def enqueue(self, tensors: list[tf.Tensor]) -> tf.Operation:
@@ -142,14 +191,22 @@ class _Lane:
         except tf.errors.OutOfRangeError:
             pass
 
+    def reopen(self) -> None:
+        self._destroy()
+        # Under the name it had, so that the old handle is one of the new queue.
+        self._make()
+
+    def _destroy(self) -> None:
+        tf.raw_ops.DestroyResourceOp(
+            resource=self._handle, ignore_lookup_error=True
+        )
+
     def __del__(self) -> None:
         # A named queue lives in TensorFlow's resource manager until told. The
         # garbage collector may come here while a graph is being traced, and
         # must not leave an operation in it: hence the scope.
         try:
             with tf.init_scope():
-                tf.raw_ops.DestroyResourceOp(
-                    resource=self._handle, ignore_lookup_error=True
-                )
+                self._destroy()
         except Exception:  # The interpreter or the runtime may be gone.
             pass

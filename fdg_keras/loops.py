@@ -9,45 +9,11 @@ import tensorflow as tf
 
 from fdg_keras import _keras, transforms
 from fdg_keras.delays import Order
-from fdg_keras.links import Link
+from fdg_keras.links import Link, Ports
 from fdg_keras.objective import Objective
 from fdg_keras.placement import host_of
 from fdg_keras.stages import Stage
 from fdg_keras.transforms import GradientTransformer
-
-
-@dataclass
-class Ports:
-    """The links of one stage; `None` where there is none.
-
-    Every link lives on its consumer's device (on a GPU, with its tensors).
-    Shapes are `[B, ...]`, dtypes those of the model; `Link.specs` has them.
-
-    Attributes:
-        feeds: The model inputs this stage uses. Producer: the feeder.
-            Capacity: what is announced, see `delays.windows_ahead`.
-        targets: Targets, sample weights and batch size, for the last stage,
-            see `Objective`. Producer and capacity: as `feeds`.
-        activations_in: What `Boundary` says. Producer: the stage before.
-            Capacity: `delay + 1` batches. Delay added: none.
-        activations_out: The same of the stage after; for `predict` the
-            model's outputs, taken by the caller.
-        gradients_in: Gradients of the loss by the sent values that have one.
-            Producer: the stage after. Capacity: `delay + 1` batches. Delay
-            added: `delay` batches, because a stage runs B(t - d_k) at tick t.
-        gradients_out: The same of the stage before.
-    """
-
-    feeds: Link | None = None
-    targets: Link | None = None
-    activations_in: Link | None = None
-    activations_out: Link | None = None
-    gradients_in: Link | None = None
-    gradients_out: Link | None = None
-
-    def all(self) -> list[Link]:
-        """Returns the links there are."""
-        return [link for link in vars(self).values() if link is not None]
 
 
 @dataclass

@@ -12,15 +12,15 @@ from fdg_keras import delays
 from fdg_keras.data import Spec, make_feed
 from fdg_keras.delays import Order
 from fdg_keras.linearize import Stash
-from fdg_keras.links import Link
-from fdg_keras.loops import Loop, Ports
+from fdg_keras.links import Link, Ports
+from fdg_keras.loops import Loop
 from fdg_keras.objective import Objective
 from fdg_keras.slicing import Graph, Slice
 from fdg_keras.stages import Boundary, Stage
 from fdg_keras.transforms import GradientTransformer
 
-# In the links from the feeder there wait as many batches as were announced
-# and not yet run, which is bounded by `delays.windows_ahead`.
+# The feeder itself sees to it that few batches wait in its links; outputs of
+# `predict` are kept anyway.
 _UNBOUNDED = 2**30
 
 
@@ -37,8 +37,7 @@ class Settings:
 class Pipeline:
     """The stages of a model, compiled for one kind of batch.
 
-    Build it with the stages' variables on their devices. After a failure its
-    links are closed and it is of no more use.
+    Build it with the stages' variables on their devices.
 
     Args:
         graph: The model.
@@ -71,7 +70,7 @@ class Pipeline:
         self._objective = objective
         self._input_at = {v: i for i, v in enumerate(graph.inputs)}
         self._spec = spec
-        self.broken = False
+        self.closed = False
         gradients = self._trace()
         self.ports = self._connect(gradients)
         self.loops = [
@@ -205,10 +204,24 @@ class Pipeline:
             outputs.dequeue()
 
     def close(self) -> None:
-        """Closes all links for good; wakes everything that waits for one."""
-        self.broken = True
-        for loop in self.loops:
-            for link in loop.links:
-                # A device that is gone must not keep the others waiting.
-                with contextlib.suppress(tf.errors.OpError):
-                    link.close()
+        """Closes all links; wakes everything that waits for one."""
+        self.closed = True
+        for link in self._links():
+            # A device that is gone must not keep the others waiting.
+            with contextlib.suppress(tf.errors.OpError):
+                link.close()
+
+    def reopen(self) -> None:
+        """Undoes `close`, when nobody waits for a link any more.
+
+        With a device gone it stays closed, and is to be built anew.
+        """
+        with contextlib.suppress(tf.errors.OpError):
+            for link in self._links():
+                link.reopen()
+            self.closed = False
+
+    def _links(self) -> list[Link]:
+        """Returns all links, each once."""
+        links = [link for loop in self.loops for link in loop.links]
+        return list({id(link): link for link in links}.values())

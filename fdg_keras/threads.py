@@ -16,6 +16,8 @@ from typing import Any
 # A thread that is asked to stop ends at its next hand-off. One that has not
 # ended after this many seconds is named in a warning, and waited for.
 _PATIENCE_S = 30.0
+# One that may be left behind is waited for so long.
+_GRACE_S = 2.0
 
 
 class Crew:
@@ -25,7 +27,8 @@ class Crew:
     that opened the crew. What fails after a stop was requested is a
     consequence, whatever its type, and is dropped. Leaving the `with` block
     joins all threads; leaving it by an exception (Ctrl-C included) stops them
-    first.
+    first. Only a thread that may be left, and is stopped in code that does not
+    return, goes on, with a warning; what it fails with is dropped.
 
     Args:
         release: Called once when the crew stops early. It must unblock every
@@ -36,6 +39,7 @@ class Crew:
     def __init__(self, release: Callable[[], None]):
         self._release = release
         self._threads: list[threading.Thread] = []
+        self._may_be_left: list[threading.Thread] = []
         self._results: queue.SimpleQueue = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._stopping = threading.Event()
@@ -46,12 +50,28 @@ class Crew:
         """Whether the crew was asked to stop before its work was done."""
         return self._stopping.is_set()
 
-    def start(self, name: str, target: Callable[[], None]) -> None:
-        """Starts `target()` in a thread called `name`."""
+    @property
+    def has_ended(self) -> bool:
+        """Whether no thread of the crew is running."""
+        threads = self._threads + self._may_be_left
+        return not any(thread.is_alive() for thread in threads)
+
+    def start(
+        self, name: str, target: Callable[[], None], may_be_left: bool = False
+    ) -> None:
+        """Starts `target()` in a thread called `name`.
+
+        Args:
+            name: Shown by debuggers, and in warnings.
+            target: What to run.
+            may_be_left: Whether a stop may leave it behind, because it runs
+                code that may block for as long as it likes.
+        """
         thread = threading.Thread(
             target=self._run, args=(target,), name=name, daemon=True
         )
-        self._threads.append(thread)
+        group = self._may_be_left if may_be_left else self._threads
+        group.append(thread)
         thread.start()
 
     def send(self, result: Any) -> None:
@@ -92,21 +112,24 @@ class Crew:
             self._results.put(None)
 
     def _join(self) -> None:
-        deadline = time.monotonic() + _PATIENCE_S
-        # An interrupt may have come before the last one was started.
-        started = [t for t in self._threads if t.ident is not None]
-        for thread in started:
-            thread.join(max(deadline - time.monotonic(), 0.0))
-        late = [thread for thread in started if thread.is_alive()]
+        if self.stopping:
+            for name in _still_running(self._may_be_left, _GRACE_S):
+                warnings.warn(
+                    f"{name} is in code that does not return, and is left "
+                    "behind. It ends when that code returns.",
+                    stacklevel=3,
+                )
+        threads = self._threads
+        if not self.stopping:
+            threads = threads + self._may_be_left
+        late = _still_running(threads, _PATIENCE_S)
         if late:
-            names = ", ".join(thread.name for thread in late)
             warnings.warn(
-                f"Still waiting for {names} to end a computation that cannot "
-                "be interrupted.",
+                f"Still waiting for {', '.join(late)} to end a computation "
+                "that cannot be interrupted.",
                 stacklevel=3,
             )
-            for thread in late:
-                thread.join()
+            _still_running(threads, None)
 
     def __enter__(self) -> "Crew":
         return self
@@ -117,6 +140,19 @@ class Crew:
         self._join()
         if error is None and self._failure is not None:
             raise self._failure
+
+
+def _still_running(
+    threads: list[threading.Thread], seconds: float | None
+) -> list[str]:
+    """Joins threads, for so long all in all; names those that go on."""
+    deadline = time.monotonic() + (seconds or 0.0)
+    # An interrupt may have come before the last one was started.
+    started = [thread for thread in threads if thread.ident is not None]
+    for thread in started:
+        left = max(deadline - time.monotonic(), 0.0)
+        thread.join(None if seconds is None else left)
+    return [thread.name for thread in started if thread.is_alive()]
 
 
 class Inbox:

@@ -1,6 +1,5 @@
 """`Trainer`: a Keras model, sliced, with Keras' contract of `fit`."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,17 +7,20 @@ import keras
 import numpy as np
 
 from fdg_keras import _keras, planning, transforms
-from fdg_keras.data import Batches
+from fdg_keras.data import Batches, validation_batches
 from fdg_keras.delays import Order
 from fdg_keras.deployment import Deployment, Mode
 from fdg_keras.hooks import Hooks, as_floats, capped_epochs, validates
 from fdg_keras.linearize import Stash
-from fdg_keras.optimizers import is_scale_invariant
 from fdg_keras.pipeline import Settings
 from fdg_keras.placement import resolve_devices
 from fdg_keras.slicing import cut_graph, trace_graph
 from fdg_keras.transforms import GradientTransformer
-from fdg_keras.validation import check_model, check_settings
+from fdg_keras.validation import (
+    check_model,
+    check_settings,
+    warn_if_shrinking_is_futile,
+)
 
 
 class Trainer:
@@ -83,7 +85,7 @@ class Trainer:
         transform = transforms.get(shrink)
         check_model(model)
         self.model = model
-        _warn_if_shrinking_is_futile(transform, model)
+        warn_if_shrinking_is_futile(transform, model)
         self._graph = graph = trace_graph(model)
         cuts = planning.choose_cuts(graph, splits)
         names = resolve_devices(devices, len(cuts) + 1)
@@ -141,20 +143,12 @@ class Trainer:
             shuffle=shuffle,
             class_weight=class_weight,
         )
-        validation = None
-        if validation_data is not None:
-            val_x, val_y, val_weight = keras.utils.unpack_x_y_sample_weight(
-                validation_data
-            )
-            validation = Batches(
-                self._graph,
-                validation_steps,
-                x=val_x,
-                y=val_y,
-                sample_weight=val_weight,
-                batch_size=validation_batch_size or batch_size,
-                shuffle=False,
-            )
+        validation = validation_batches(
+            self._graph,
+            validation_data,
+            validation_steps,
+            validation_batch_size or batch_size,
+        )
         with self._deployment:
             # Slots exist and are in place before callbacks look at them.
             self._deployment.build("train", batches.spec)
@@ -313,17 +307,6 @@ class Trainer:
             hooks.begin(mode, batch)
 
         self._deployment.run(mode, batches, hooks.pace(mode), begin, end)
-
-
-def _warn_if_shrinking_is_futile(transform: Any, model: keras.Model) -> None:
-    shrinks = getattr(transform, "beta", 1) != 1
-    if shrinks and is_scale_invariant(model.optimizer):
-        warnings.warn(
-            f"{type(model.optimizer).__name__} divides gradients by their own "
-            f"size, so that {transform!r} does next to nothing. Lower the "
-            "learning rate, or use SGD.",
-            stacklevel=3,
-        )
 
 
 def fit(

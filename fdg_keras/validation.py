@@ -1,6 +1,7 @@
 """Bad input, refused before anything is built."""
 
 import numbers
+import warnings
 from typing import Any
 
 import keras
@@ -8,7 +9,7 @@ import tensorflow as tf
 
 from fdg_keras.delays import ORDERS
 from fdg_keras.linearize import STASHES
-from fdg_keras.optimizers import check_optimizer
+from fdg_keras.optimizers import check_optimizer, is_scale_invariant
 
 
 def check_settings(delay: Any, stash: Any, order: Any) -> None:
@@ -81,4 +82,16 @@ def check_model(model: Any) -> None:
             "Stages run as compiled loops, so `run_eagerly=True` is not "
             "supported. Debug with `model.fit`, or compile the model with "
             "`run_eagerly=False`."
+        )
+
+
+def warn_if_shrinking_is_futile(transform: Any, model: keras.Model) -> None:
+    """Warns where an optimizer undoes what a transform does."""
+    shrinks = getattr(transform, "beta", 1) != 1
+    if shrinks and is_scale_invariant(model.optimizer):
+        warnings.warn(
+            f"{type(model.optimizer).__name__} divides gradients by their own "
+            f"size, so that {transform!r} does next to nothing. Lower the "
+            "learning rate, or use SGD.",
+            stacklevel=3,
         )

@@ -48,8 +48,7 @@ import tensorflow as tf
 from fdg_keras import Trainer, delays
 from fdg_keras.conductor import Conductor, Pace
 from fdg_keras.data import Batches
-from fdg_keras.links import Link
-from fdg_keras.loops import Ports
+from fdg_keras.links import Link, Ports
 from trainers import models
 
 # Name, hidden layers (of the MLP), batch size, K.

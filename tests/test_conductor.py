@@ -21,39 +21,48 @@ def clock(monkeypatch):
     return clock
 
 
-def windows(clock, pace, seconds_per_tick, count):
-    """The lengths of `count` windows, each measured."""
+def parts(clock, pace, seconds_per_tick, count):
+    """The lengths of `count` parts, each measured."""
     pace.start()
     found = []
     for _ in range(count):
-        found.append(pace.window)
-        clock.now += pace.window * seconds_per_tick
-        pace.measure(pace.window)
+        found.append(pace.part)
+        clock.now += pace.part * seconds_per_tick
+        pace.measure(pace.part)
     return found
 
 
 def test_what_the_user_asked_for_stays(clock):
-    assert windows(clock, Pace(3, fixed=True), 1e-6, 4) == [3] * 4
+    pace = Pace(3)
+    assert parts(clock, pace, 1e-6, 4) == [1, 2, 3, 3]
+    assert pace.window == 3
 
 
-def test_a_window_grows_until_it_lasts_a_tenth_of_a_second(clock):
-    pace = Pace(fixed=False)
-    assert windows(clock, pace, 0.00999, 7) == [1, 2, 4, 8, 10, 10, 10]
+def test_without_a_wish_every_part_is_a_window(clock):
+    pace = Pace()
+    parts(clock, pace, 1e-6, 4)
+    assert pace.window == pace.part == 16
 
 
-def test_a_window_shrinks_when_ticks_get_slower(clock):
-    pace = Pace(64, fixed=False)
-    assert windows(clock, pace, 0.05001, 2) == [64, 1]
-    assert windows(clock, pace, 10.0, 2) == [1, 1]
+def test_a_part_grows_until_it_lasts_a_tenth_of_a_second(clock):
+    assert parts(clock, Pace(), 0.00999, 7) == [1, 2, 4, 8, 10, 10, 10]
+    assert parts(clock, Pace(1000), 0.00999, 7) == [1, 2, 4, 8, 10, 10, 10]
 
 
-def test_a_window_has_a_longest(clock):
-    lengths = windows(clock, Pace(fixed=False), 1e-9, 16)
+def test_a_part_shrinks_when_ticks_get_slower(clock):
+    pace = Pace()
+    assert parts(clock, pace, 1e-6, 7)[-1] == 64
+    assert parts(clock, pace, 0.05001, 2) == [128, 1]
+    assert parts(clock, pace, 10.0, 2) == [1, 1]
+
+
+def test_a_part_has_a_longest(clock):
+    lengths = parts(clock, Pace(), 1e-9, 16)
     assert lengths[-3:] == [4096] * 3
 
 
-def test_an_empty_window_is_no_reason_to_fail(clock):
-    pace = Pace(fixed=False)
+def test_an_empty_part_is_no_reason_to_fail(clock):
+    pace = Pace()
     pace.start()
     pace.measure(0)
-    assert pace.window >= 1
+    assert pace.part >= 1

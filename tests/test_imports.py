@@ -17,6 +17,7 @@ LADDER = [
     "slicing",
     "planning",
     "placement",
+    "subgraphs",
     "linearize",
     "links",
     "data",
@@ -116,6 +117,7 @@ def test_private_attributes_are_only_those_of_self(name):
     [
         ("delays", {"tensorflow", "keras", "numpy", "threading"}),
         ("threads", {"tensorflow", "keras", "numpy", "fdg_keras"}),
+        ("subgraphs", {"keras", "threading"}),
         ("linearize", {"keras", "threading"}),
         ("links", {"keras", "threading"}),
         ("loops", {"threading"}),

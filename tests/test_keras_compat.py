@@ -403,6 +403,51 @@ def test_get_data_adapter():
     assert found == [[0, 1], [2, 3], [4]]
 
 
+def test_remember_failures_of_a_generator():
+    def batches():
+        yield floats(2, 2), np.arange(2)
+        yield floats(2, 2), np.arange(2)
+        yield floats(2, 2), np.arange(2)
+        raise KeyError("no such image")
+
+    assert_remembers(batches())
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_remember_failures_of_a_py_dataset(workers):
+    class Broken(keras.utils.PyDataset):
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            if index == 3:
+                raise KeyError("no such image")
+            return floats(2, 2), np.arange(2)
+
+    assert_remembers(Broken(workers=workers))
+
+
+def test_remember_failures_of_a_data_loader():
+    torch_adapter = _keras._data_adapters.torch_data_loader_adapter
+    adapter = torch_adapter.TorchDataLoaderAdapter
+    assert "self.get_numpy_iterator" in inspect.getsource(
+        adapter.get_tf_dataset
+    )
+
+
+def assert_remembers(data):
+    adapter = _keras.get_data_adapter(x=data)
+    failures = []
+    _keras.remember_failures(adapter, failures)
+    dataset = adapter.get_tf_dataset()
+    adapter.on_epoch_begin()
+    with pytest.raises(tf.errors.OpError, match="no such image"):
+        list(dataset)
+    adapter.on_epoch_end()
+    assert [type(failure) for failure in failures] == [KeyError]
+    assert "no such image" in str(failures[0])
+
+
 def test_train_validation_split():
     x, y = floats(10, 2), np.arange(10)
     (train_x, train_y, none), (val_x, val_y, _) = _keras.train_validation_split(

@@ -212,6 +212,26 @@ def test_a_closed_link_is_empty_and_takes_nothing():
         link.enqueue([tf.constant(2.0)])
 
 
+def test_a_reopened_link_is_a_new_one_for_compiled_functions_too():
+    link = make_link(capacity=2)
+
+    @tf.function
+    def put(x):
+        link.enqueue([x])
+
+    get = tf.function(lambda: link.dequeue()[0])
+    for i in range(3):
+        put(tf.constant(float(i)))
+        put(tf.constant(i + 0.5))
+        assert link.size() == 2
+        assert float(get()) == i
+        link.close()
+        with pytest.raises(tf.errors.CancelledError, match="is closed"):
+            put(tf.constant(0.0))
+        link.reopen()
+        assert link.size() == 0
+
+
 def test_closing_twice_is_fine():
     link = make_link()
     link.close()

@@ -272,3 +272,29 @@ def test_closing_an_inbox_wakes_who_waits(gate):
         inbox.put(1)
         inbox.close()
         assert crew.receive() == [1]
+
+
+def test_a_thread_that_may_be_left_is_left(monkeypatch):
+    monkeypatch.setattr(threads, "_GRACE_S", 0.1)
+    opened = threading.Event()
+
+    def train():
+        with Crew(lambda: None) as crew:
+            crew.start("fdg-stuck", lambda: opened.wait(SOON), may_be_left=True)
+            crew.start("fdg-1", fail_with(KeyError("first")))
+            crew.receive()
+
+    with (
+        pytest.warns(UserWarning, match="fdg-stuck is in code that does not"),
+        pytest.raises(KeyError, match="first"),
+    ):
+        train()
+    (stuck,) = [t for t in threading.enumerate() if t.name == "fdg-stuck"]
+    opened.set()
+    stuck.join(SOON)
+
+
+def test_a_thread_that_may_be_left_is_joined_otherwise():
+    with Crew(lambda: None) as crew:
+        crew.start("fdg-slow", lambda: time.sleep(0.2), may_be_left=True)
+    assert not alive("fdg-slow")

@@ -1,0 +1,117 @@
+"""Parts of a TensorFlow graph, as functions.
+
+Tensors and operations are told apart by name: an operation hands out its
+tensors as new Python objects each time. Knows nothing of Keras or of training.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+
+def extract(
+    graph: Any,
+    feeds: Sequence[tf.Tensor],
+    fetches: Any,
+    name: str,
+    past: Collection[str] = (),
+) -> Callable[..., Any]:
+    """Returns the part of a graph from `feeds` to `fetches` as a function.
+
+    The operations are copied. `tf.compat.v1.wrap_function`'s own `prune` would
+    keep what lies upstream of the feeds as well, and fails where that reads
+    one output of an operation (a `while`, say) of which another output is fed.
+
+    Args:
+        graph: A `FuncGraph`. What it captures is captured again.
+        feeds: The arguments, tensors of the graph.
+        fetches: The results, nested tensors or `tf.IndexedSlices`.
+        name: Of the function, shown in profiles.
+        past: Names of operations that need not be waited for, only read.
+    """
+    captures = {inner.name: outer for outer, inner in graph.captures}
+    flat = tf.nest.flatten(fetches, expand_composites=True)
+    stop = {*captures, *(t.name for t in feeds)}
+    _, operations = ancestors(flat, stop, past)
+    definition, read = _part(graph.as_graph_def(), operations)
+
+    def part(*tensors: tf.Tensor) -> Any:
+        values = {t.name: value for t, value in zip(feeds, tensors)}
+        for key in sorted(read & captures.keys()):
+            values[key] = tf.identity(captures[key])
+        made = [t.name for t in flat if t.name not in values]
+        found = tf.graph_util.import_graph_def(
+            definition,
+            {key: values[key] for key in sorted(read & values.keys())},
+            made,
+            name="",
+        )
+        found = values | dict(zip(made, found))
+        return tf.nest.pack_sequence_as(
+            fetches, [found[t.name] for t in flat], expand_composites=True
+        )
+
+    return tf.compat.v1.wrap_function(
+        part, [tf.TensorSpec(t.shape, t.dtype) for t in feeds], name
+    )
+
+
+def ancestors(
+    tensors: Sequence[tf.Tensor], stop: Collection[str], past: Collection[str]
+) -> tuple[list[tf.Tensor], set[str]]:
+    """Returns what tensors are made of.
+
+    Args:
+        tensors: Of one graph.
+        stop: Names of tensors to go no further than.
+        past: Names of operations that need not be waited for, only read.
+
+    Returns:
+        The tensors of `stop` that were reached, and the names of the
+        operations behind them.
+    """
+    reached: dict[str, tf.Tensor] = {}
+    seen: set[str] = set()
+    operations: list[tf.Operation] = []
+
+    def visit(needed: Iterable[tf.Tensor]) -> None:
+        for tensor in needed:
+            if tensor.name in stop:
+                reached[tensor.name] = tensor
+            else:
+                operations.append(tensor.op)
+
+    visit(tensors)
+    while operations:
+        op = operations.pop()
+        if op.name not in seen:
+            seen.add(op.name)
+            visit(op.inputs)
+            operations.extend(
+                before
+                for before in op.control_inputs
+                if before.name not in past
+            )
+    return list(reached.values()), seen
+
+
+def _part(definition: Any, operations: Collection[str]) -> tuple[Any, set[str]]:
+    """Returns some operations of a graph, and what they read.
+
+    Args:
+        definition: A `GraphDef`; it is changed.
+        operations: Names of those to keep.
+    """
+    nodes = [node for node in definition.node if node.name in operations]
+    read = set()
+    for node in nodes:
+        inputs = [i for i in node.input if i[0] != "^" or i[1:] in operations]
+        node.input[:] = inputs
+        # Where an operation runs is said by its device; what it was to be
+        # next to may be in the other part.
+        node.attr.pop("_class", None)
+        read |= {i if ":" in i else f"{i}:0" for i in inputs if i[0] != "^"}
+    del definition.node[:]
+    definition.node.extend(nodes)
+    return definition, read
