@@ -71,17 +71,20 @@ class Pace:
     Args:
         window: Ticks of a window; `None` if nobody minds, so that each part
             is a window.
+
+    Attributes:
+        asked: The same.
     """
 
     def __init__(self, window: int | None = None):
-        self._asked = window
+        self.asked = window
         self._grown = 1
         self._last = 0.0
 
     @property
     def window(self) -> int:
         """Ticks of the next window."""
-        return self._asked or self._grown
+        return self.asked or self._grown
 
     @property
     def part(self) -> int:

@@ -19,6 +19,7 @@ from fdg_keras.transforms import GradientTransformer
 from fdg_keras.validation import (
     check_model,
     check_settings,
+    check_sizes,
     warn_if_shrinking_is_futile,
 )
 
@@ -126,6 +127,7 @@ class Trainer:
             ValueError: If the data do not fit the model, or are empty.
         """
         check_model(self.model)
+        check_sizes(batch_size, validation_batch_size, validation_split)
         epochs = capped_epochs(epochs)
         if validation_split and validation_data is None:
             (x, y, sample_weight), validation_data = (

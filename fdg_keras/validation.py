@@ -85,6 +85,33 @@ def check_model(model: Any) -> None:
         )
 
 
+def check_sizes(
+    batch_size: int | None,
+    validation_batch_size: int | None = None,
+    validation_split: float = 0.0,
+) -> None:
+    """Checks arguments of `fit` that Keras lets through.
+
+    Raises:
+        ValueError: If one is out of range.
+    """
+    if not 0 <= validation_split < 1:
+        raise ValueError(
+            "Expected `validation_split` to be the share of the samples to "
+            f"validate on, at least 0 and less than 1. Received: "
+            f"{validation_split!r}"
+        )
+    for name, size in (
+        ("batch_size", batch_size),
+        ("validation_batch_size", validation_batch_size),
+    ):
+        if size is not None and size < 0:
+            raise ValueError(
+                f"Expected `{name}` to be a positive number of samples, or "
+                f"`None` for 32. Received: {size!r}"
+            )
+
+
 def warn_if_shrinking_is_futile(transform: Any, model: keras.Model) -> None:
     """Warns where an optimizer undoes what a transform does."""
     shrinks = getattr(transform, "beta", 1) != 1

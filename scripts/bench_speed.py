@@ -1,6 +1,6 @@
 """How fast decoupled stages are, and how far from the limit of the machine.
 
-    .venv/bin/python scripts/bench_speed.py --json speed.json  (12 minutes)
+    .venv/bin/python scripts/bench_speed.py --json speed.json  (15 minutes)
     .venv/bin/python scripts/bench_speed.py --quick            (2 minutes)
 
 Prints, for each network, batch size and number of stages K, milliseconds per
@@ -22,6 +22,9 @@ and from them
                tick beyond what the computation takes, per stage
     shares     what each stage does with its time under FDG: computing, waiting
                for activations, waiting for gradients
+
+and last how long it takes until ResNet-110 in two stages has trained its first
+batch of 128.
 
 Logical CPUs stand in for devices, one thread for each operation
 (`intra_op_parallelism_threads=1`), so that a stage is worth about one core.
@@ -251,6 +254,19 @@ def measure(name, hidden, batch, splits, rounds):
     }
 
 
+def measure_start():
+    """Returns seconds from a compiled ResNet-110 to its first batch."""
+    model, data = build("resnet110", 0, 128)
+    ended = []
+    first = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: ended.append(time.perf_counter())
+    )
+    start = time.perf_counter()
+    trainer = Trainer(model, 2, ["CPU:0", "CPU:1"])
+    trainer.fit(data, steps_per_epoch=1, verbose=0, callbacks=[first])
+    return ended[0] - start
+
+
 def _shares(usage):
     total = (
         usage.computed
@@ -318,7 +334,7 @@ def main():
     )
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--model", choices=["resnet20", "mlp"])
+    parser.add_argument("--model", choices=["resnet20", "mlp", "resnet110"])
     parser.add_argument("--rounds", type=int, help="default 5, --quick 3")
     args = parser.parse_args()
     tf.config.threading.set_intra_op_parallelism_threads(1)
@@ -342,6 +358,11 @@ def main():
             print(_row(case), flush=True)
             if args.json:
                 args.json.write_text(json.dumps(result, indent=1))
+    if args.model in (None, "resnet110") and not args.quick:
+        result["resnet110_start_s"] = measure_start()
+        print(f"ResNet-110 starts in {result['resnet110_start_s']:.1f} s")
+        if args.json:
+            args.json.write_text(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

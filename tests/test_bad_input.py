@@ -380,6 +380,21 @@ def test_targets_of_another_shape():
         fit(make_model(), X, np.ones((8, 3), "float32"))
 
 
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("batch_size", -1),
+        ("validation_batch_size", -4),
+        ("validation_split", 1.0),
+        ("validation_split", -0.1),
+    ],
+)
+def test_sizes(argument, value):
+    x, y = np.zeros((8, 4)), np.zeros((8, 2))
+    with pytest.raises(ValueError, match=f"`{argument}` to be .* {value}"):
+        fdg_keras.fit(make_model(), x, y, verbose=0, **{argument: value})
+
+
 def test_inputs_and_targets_of_different_length():
     message = r"Make sure all arrays contain the same number of samples"
     with pytest.raises(ValueError, match=message):

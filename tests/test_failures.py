@@ -162,6 +162,26 @@ def test_failure_inside_a_stage(stage, where):
     assert_usable(trainer)
 
 
+@pytest.mark.parametrize("stage", range(STAGES))
+@pytest.mark.parametrize("method", ["evaluate", "predict"])
+def test_failure_in_evaluate_and_predict(method, stage):
+    trainer = make_trainer(build(stage))
+    x, y = data()
+    more = (y,) if method == "evaluate" else ()
+    run = getattr(trainer, method)
+    before = run(x, *more, batch_size=BATCH, verbose=0)
+    bad, _ = data(fatal=True)
+    with fails(
+        tf.errors.InvalidArgumentError,
+        "bomb in forward",
+        f"In stage {stage} (",
+        f"forward of batch {BAD} ",
+    ):
+        run(bad, *more, batch_size=BATCH, verbose=0)
+    after = run(x, *more, batch_size=BATCH, verbose=0)
+    np.testing.assert_array_equal(before, after)
+
+
 @pytest.mark.parametrize("order", ["forward_first", "update_first"])
 @pytest.mark.parametrize("delay", [0, 1, 3])
 def test_failure_names_the_batch_at_any_delay(delay, order):

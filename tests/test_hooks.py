@@ -39,7 +39,7 @@ class OnTestBatchBegin(callbacks.Callback):
 )
 def test_windows_may_grow_if_nobody_listens_to_batches(tmp_path, make):
     pace = make_hooks(make(str(tmp_path / "at")), verbose=1).pace("train")
-    assert (pace.window, pace.fixed) == (1, False)
+    assert (pace.window, pace.asked) == (1, None)
 
 
 @pytest.mark.parametrize(
@@ -59,19 +59,19 @@ def test_windows_may_grow_if_nobody_listens_to_batches(tmp_path, make):
 )
 def test_a_window_is_a_batch_for_those_who_listen(tmp_path, make):
     pace = make_hooks(make(str(tmp_path / "at"))).pace("train")
-    assert (pace.window, pace.fixed) == (1, True)
+    assert pace.asked == pace.window == 1
 
 
 def test_listeners_are_asked_for_each_mode():
     hooks = make_hooks(OnTestBatchBegin())
-    assert hooks.pace("test").fixed
-    assert not hooks.pace("train").fixed
-    assert not hooks.pace("predict").fixed
+    assert hooks.pace("test").asked
+    assert hooks.pace("train").asked is None
+    assert hooks.pace("predict").asked is None
 
 
 def test_steps_per_execution_is_the_window():
     pace = make_hooks(OnBatchEnd(), steps_per_execution=8).pace("train")
-    assert (pace.window, pace.fixed) == (8, True)
+    assert pace.asked == pace.window == 8
 
 
 def test_windows_go_on_growing_over_epochs():
