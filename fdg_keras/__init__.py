@@ -15,6 +15,12 @@ if _keras_package.backend.backend() != "tensorflow":
         f"backend {_keras_package.backend.backend()!r}."
     )
 
+from fdg_keras.corrections import (
+    Correction,
+    DelayCompensation,
+    LearningRateRescheduling,
+    WeightPrediction,
+)
 from fdg_keras.planning import Plan, StagePlan
 from fdg_keras.trainer import Trainer, fit
 from fdg_keras.transforms import GradientShrinking, GradientTransformer
@@ -22,10 +28,14 @@ from fdg_keras.transforms import GradientShrinking, GradientTransformer
 __version__ = "0.1.0"
 
 __all__ = [
+    "Correction",
+    "DelayCompensation",
     "GradientShrinking",
     "GradientTransformer",
+    "LearningRateRescheduling",
     "Plan",
     "StagePlan",
     "Trainer",
+    "WeightPrediction",
     "fit",
 ]

@@ -7,6 +7,7 @@ changes it fails there, by name, and not in somebody's training run.
 Checked against Keras 3.15 on TensorFlow 2.21.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -123,6 +124,55 @@ def learning_rate_of(optimizer: keras.optimizers.Optimizer) -> Any:
     Private: `Optimizer._learning_rate`.
     """
     return optimizer._learning_rate
+
+
+def has_momentum(optimizer: keras.optimizers.Optimizer) -> bool:
+    """Whether `momentum_step` knows the optimizer."""
+    if type(optimizer) is keras.optimizers.SGD:
+        return bool(optimizer.momentum)
+    adam = (keras.optimizers.Adam, keras.optimizers.AdamW)
+    return type(optimizer) in adam and not optimizer.amsgrad
+
+
+def momentum_step(
+    optimizer: keras.optimizers.Optimizer, variable: keras.Variable
+) -> tf.Tensor:
+    """Returns what an update without a gradient, momentum alone, would add.
+
+    For SGD the last step is returned, undiminished.
+
+    Private: `SGD.momentums`, `Adam._momentums`, `Adam._velocities`,
+    `Optimizer._get_variable_index`.
+    """
+    index = optimizer._get_variable_index(variable)
+    if isinstance(optimizer, keras.optimizers.SGD):
+        return tf.convert_to_tensor(optimizer.momentums[index])
+    m = tf.convert_to_tensor(optimizer._momentums[index])
+    v = tf.convert_to_tensor(optimizer._velocities[index])
+    # Before the first update m is zero, and so is the step.
+    n = tf.cast(tf.maximum(optimizer.iterations, 1), m.dtype)
+    rate = tf.cast(optimizer.learning_rate, m.dtype)
+    rate *= tf.sqrt(1 - optimizer.beta_2**n) / (1 - optimizer.beta_1**n)
+    return -rate * m / (tf.sqrt(v) + optimizer.epsilon)
+
+
+@contextlib.contextmanager
+def scaled_learning_rate(
+    optimizer: keras.optimizers.Optimizer, factor: Any
+) -> Iterator[None]:
+    """Within, the optimizer applies its learning rate times `factor`.
+
+    Private: `Optimizer._get_current_learning_rate`, which all updates ask.
+    """
+    own = optimizer._get_current_learning_rate
+    # Keras' way of setting attributes would track what is set.
+    vars(optimizer)["_get_current_learning_rate"] = lambda: (
+        tf.convert_to_tensor(own()) * factor
+    )
+    try:
+        yield
+    finally:
+        del vars(optimizer)["_get_current_learning_rate"]
 
 
 def config_of(optimizer: keras.optimizers.Optimizer) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import keras
 import tensorflow as tf
 
 from fdg_keras import _keras, transforms
@@ -14,6 +13,7 @@ from fdg_keras.objective import Objective
 from fdg_keras.placement import host_of
 from fdg_keras.stages import Stage
 from fdg_keras.transforms import GradientTransformer
+from fdg_keras.updates import Update
 
 
 @dataclass
@@ -42,9 +42,8 @@ class Loop:
     Args:
         stage: What to run. Its variables are on its device.
         ports: The stage's links.
+        update: Makes the stage's updates.
         objective: The loss and metrics, for the last stage.
-        optimizer: Built on the stage's trainable variables; `None` if not
-            training.
         transform: Applied to gradients that arrive over a link.
         late: d_k, the delay of the stage in batches.
         order: Whether F or B comes first in a tick.
@@ -54,8 +53,8 @@ class Loop:
         self,
         stage: Stage,
         ports: Ports,
+        update: Update,
         objective: Objective | None = None,
-        optimizer: keras.optimizers.Optimizer | None = None,
         transform: GradientTransformer | None = None,
         late: int = 0,
         order: Order = "forward_first",
@@ -64,12 +63,11 @@ class Loop:
         self._cut = cut = stage.pair
         self._ports = ports
         self._objective = objective
-        self._optimizer = optimizer
+        self._update = update
         self._transform = transform
         self._late = late if stage.has_backward else 0
         self._update_first = order == "update_first" and self._late > 0
         self._host = host_of(stage.device)
-        self._weights = [_keras.get_storage(v) for v in stage.weights]
         self._state = [_keras.get_storage(v) for v in stage.state]
         with tf.device(self._host):
             self._forwards = tf.Variable(0, dtype=tf.int64, trainable=False)
@@ -80,14 +78,11 @@ class Loop:
             # Producer and consumer: this stage. `late` batches wait in it,
             # and one more between F and B of one tick. On the device.
             self._stash = Link(
-                cut.stash_specs,
+                cut.stash_specs + update.kept_specs,
                 self._late + 1,
                 stage.device,
                 f"stash_{stage.index}",
             )
-        self._update = tf.function(
-            self._apply, jit_compile=stage.jit_compile or None, autograph=False
-        )
         self._function = self._trace()
 
     def __call__(
@@ -141,7 +136,7 @@ class Loop:
             fill: Any, steady: Any, drain: Any, learning_rate: Any
         ) -> tuple:
             with tf.device(self._stage.device):
-                self._set_learning_rate(learning_rate)
+                self._update.set_learning_rate(learning_rate)
                 waited = [self._no_time()] * 2
                 if self._late:
                     waited = self._repeat(fill, waited, self._forward_only)
@@ -207,7 +202,7 @@ class Loop:
         if stage.incoming.has_loss:
             *received, loss = received
             own_loss = [loss]
-        weights = [w.read_value() for w in self._weights]
+        weights = self._update.forward_weights(self._forwards)
         state = [s.read_value() for s in self._state]
         arguments = [*weights, *state, *feeds, *received]
         outputs, own, new_state, made = self._cut.forward(*arguments)
@@ -229,9 +224,14 @@ class Loop:
                 stage.training,
             )
         stash = self._cut.stash(arguments, made)
+        if self._update.kept_specs:
+            stash += weights
         if self._stash is not None:
             done += self._stash.enqueue(stash)
-        with tf.device(self._host), tf.control_dependencies(done + outputs):
+        with (
+            tf.device(self._host),
+            tf.control_dependencies(done + outputs + weights),
+        ):
             done.append(self._forwards.assign_add(1, read_value=False))
         return waited, (stash, gradients), done
 
@@ -265,12 +265,12 @@ class Loop:
         stash, of_loss = kept
         if self._stash is not None:
             stash = self._stash.dequeue()
+        count = len(self._cut.stash_specs)
+        stash, then = stash[:count], stash[count:]
         gradients += [g for g in of_loss if g is not None]
-        anew = self._weights if self._cut.needs_weights else []
+        anew = self._update.weights() if self._cut.needs_weights else []
         assert self._cut.backward is not None
-        by_weights, by_inputs = self._cut.backward(
-            *gradients, *stash, *(w.read_value() for w in anew)
-        )
+        by_weights, by_inputs = self._cut.backward(*gradients, *stash, *anew)
         by_weights, by_inputs = _ends(by_weights), _ends(by_inputs)
         if ports.gradients_out is not None:
             ports.gradients_out.enqueue(by_inputs)
@@ -281,21 +281,10 @@ class Loop:
         # whatever must come first is waited for by its result.
         ends = tf.nest.flatten([by_weights, by_inputs], expand_composites=True)
         with tf.control_dependencies(ends):
-            updated = self._update(by_weights)
+            updated = self._update(by_weights, then)
         with tf.device(self._host), tf.control_dependencies([updated]):
             self._backwards.assign_add(1, read_value=False)
             return tf.identity(waited)
-
-    def _apply(self, gradients: list) -> tf.Tensor:
-        """Updates the weights; returns a tensor that can be waited for."""
-        if self._optimizer is not None and gradients:
-            has_gradient = self._cut.weight_has_gradient
-            variables = [
-                v for v, g in zip(self._stage.weights, has_gradient) if g
-            ]
-            self._optimizer.apply(gradients, variables)
-        # What a function returns waits for what it does.
-        return tf.constant(True)
 
     def _wait_for(
         self, links: Sequence[Link | None], after: Sequence
@@ -320,13 +309,6 @@ class Loop:
     def _no_time(self) -> tf.Tensor:
         with tf.device(self._host):
             return tf.zeros((), tf.float64)
-
-    def _set_learning_rate(self, learning_rate: tf.Tensor) -> None:
-        if self._optimizer is None:
-            return
-        source = _keras.learning_rate_of(self._optimizer)
-        if isinstance(source, keras.Variable):
-            source.assign(learning_rate)
 
 
 def _ends(results: Sequence) -> list:

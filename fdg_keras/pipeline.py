@@ -9,6 +9,7 @@ import keras
 import tensorflow as tf
 
 from fdg_keras import delays
+from fdg_keras.corrections import Correction
 from fdg_keras.data import Spec, make_feed
 from fdg_keras.delays import Order
 from fdg_keras.linearize import Stash
@@ -18,6 +19,7 @@ from fdg_keras.objective import Objective
 from fdg_keras.slicing import Graph, Slice
 from fdg_keras.stages import Boundary, Stage
 from fdg_keras.transforms import GradientTransformer
+from fdg_keras.updates import Update
 
 # The feeder itself sees to it that few batches wait in its links; outputs of
 # `predict` are kept anyway.
@@ -32,6 +34,7 @@ class Settings:
     order: Order
     stash: Stash
     transform: GradientTransformer
+    corrections: tuple[Correction, ...] = ()
 
 
 class Pipeline:
@@ -169,14 +172,21 @@ class Pipeline:
         settings = self._settings
         objective = self._objective if stage is self.stages[-1] else None
         if settings is None:
-            return Loop(stage, ports, objective)
+            return Loop(stage, ports, Update(stage), objective)
+        k, splits = stage.index, len(self.stages)
+        update = Update(
+            stage,
+            self._optimizers[k],
+            delays.staleness(k, splits, settings.delay, settings.order),
+            settings.corrections,
+        )
         return Loop(
             stage,
             ports,
+            update,
             objective,
-            self._optimizers[stage.index],
             settings.transform,
-            delays.stage_delay(stage.index, len(self.stages), settings.delay),
+            delays.stage_delay(k, splits, settings.delay),
             settings.order,
         )
 

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 
 from fdg_keras import _keras, planning, transforms
+from fdg_keras.corrections import Correction, check_corrections
 from fdg_keras.data import Batches, validation_batches
 from fdg_keras.delays import Order
 from fdg_keras.deployment import Deployment, Mode
@@ -62,6 +63,9 @@ class Trainer:
             a batch and then the backward and update of an earlier one, as the
             paper's text does. `"update_first"` does it the other way round,
             as the paper's published code does, with one update less staleness.
+        corrections: For the staleness of a stage's gradients, in this order:
+            `WeightPrediction`, `DelayCompensation`,
+            `LearningRateRescheduling`. Default: none.
 
     Attributes:
         model: The model.
@@ -81,10 +85,12 @@ class Trainer:
         shrink: float | GradientTransformer = 1.0,
         stash: Stash = "exact",
         order: Order = "forward_first",
+        corrections: Sequence[Correction] = (),
     ):
         check_settings(delay, stash, order)
         transform = transforms.get(shrink)
         check_model(model)
+        corrected = check_corrections(corrections, model.optimizer, stash)
         self.model = model
         warn_if_shrinking_is_futile(transform, model)
         self._graph = graph = trace_graph(model)
@@ -92,7 +98,7 @@ class Trainer:
         names = resolve_devices(devices, len(cuts) + 1)
         slices = cut_graph(graph, cuts)
         self.plan = planning.make_plan(graph, slices, names)
-        settings = Settings(int(delay), order, stash, transform)
+        settings = Settings(int(delay), order, stash, transform, corrected)
         self._deployment = Deployment(model, graph, slices, names, settings)
 
     def fit(
@@ -320,6 +326,7 @@ def fit(
     shrink: float | GradientTransformer = 1.0,
     stash: Stash = "exact",
     order: Order = "forward_first",
+    corrections: Sequence[Correction] = (),
     **kwargs: Any,
 ) -> keras.callbacks.History:
     """Trains `model` in stages: `Trainer(model, ...).fit(...)`.
@@ -333,6 +340,7 @@ def fit(
         shrink: See `Trainer`.
         stash: See `Trainer`.
         order: See `Trainer`.
+        corrections: See `Trainer`.
         **kwargs: As `keras.Model.fit` takes them.
 
     Returns:
@@ -341,5 +349,7 @@ def fit(
     Raises:
         ValueError: As `Trainer` and `Trainer.fit` do.
     """
-    trainer = Trainer(model, splits, devices, delay, shrink, stash, order)
+    trainer = Trainer(
+        model, splits, devices, delay, shrink, stash, order, corrections
+    )
     return trainer.fit(*args, **kwargs)

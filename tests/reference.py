@@ -148,6 +148,28 @@ def apply(optimizer, gradients, weights) -> None:
         optimizer.apply(gradients, weights)
 
 
+def ahead(optimizer, weights, updates) -> None:
+    """Moves weights by so many steps of momentum alone."""
+    for i, w in enumerate(weights):
+        if isinstance(optimizer, keras.optimizers.SGD):
+            step = optimizer.momentums[i].numpy()
+        else:
+            n = int(optimizer.iterations)
+            if n == 0:
+                continue
+            m = optimizer._momentums[i].numpy() / (1 - optimizer.beta_1**n)
+            v = optimizer._velocities[i].numpy() / (1 - optimizer.beta_2**n)
+            # Keras adds epsilon before the bias correction.
+            epsilon = optimizer.epsilon / np.sqrt(1 - optimizer.beta_2**n)
+            rate = float(optimizer.learning_rate)
+            step = -rate * m / (np.sqrt(v) + epsilon)
+        w.assign_add(updates * step)
+
+
+def _dense(gradient):
+    return tf.convert_to_tensor(gradient)
+
+
 # Late back-propagation of the whole model.
 
 
@@ -163,6 +185,9 @@ def train(
     order: str = "forward_first",
     epochs: int = 1,
     on_epoch_end: Callable[[], None] = lambda: None,
+    predict: bool = False,
+    compensate: float = 0.0,
+    reschedule: float = 0.0,
 ) -> Result:
     """Trains `model` in place, as `stash="exact"` must.
 
@@ -181,6 +206,9 @@ def train(
         order: `"forward_first"` or `"update_first"`.
         epochs: Number of passes; each one drains at its end.
         on_epoch_end: Called after each drain.
+        predict: Whether F(b) uses the weights that momentum leads to.
+        compensate: lambda of the delay compensation.
+        reschedule: T of the learning-rate rescheduling, in updates.
     """
     assert order in ORDERS
     stages = [find_layers(model, names) for names in groups]
@@ -189,24 +217,51 @@ def train(
     weights = stage_weights(model, stages)
     optimizers = make_optimizers(optimizer, weights)
     result = Result([], batch_sizes(batches), [], optimizers)
+    # Updates between F(b) and B(b).
+    tau = [max(i - (order == "update_first"), 0) for i in d]
+    rate = float(optimizer.learning_rate)
+
+    def set_rate(k):
+        if tau[k] and reschedule and optimizers[k] is not None:
+            young = 1 - min(int(optimizers[k].iterations) / reschedule, 1)
+            optimizers[k].learning_rate = rate * tau[k] ** -young
 
     for _ in range(epochs):
         result.losses.append([])
         result.outputs.append([])
         gradients: list = []  # gradients[b][k], of batch b for stage k
+        then: list = []  # then[b][k], the weights of stage k in F(b)
 
-        def backward(k, b, gradients=gradients):
-            apply(optimizers[k], gradients[b][k], weights[k])
+        def backward(k, b, gradients=gradients, then=then):
+            g = gradients[b][k]
+            if tau[k] and compensate:
+                g = [
+                    None
+                    if a is None
+                    else _dense(a) + compensate * _dense(a) ** 2 * (now - old)
+                    for a, now, old in zip(g, weights[k], then[b][k])
+                ]
+            set_rate(k)
+            apply(optimizers[k], g, weights[k])
 
         for t, batch in enumerate(batches):
             if order == "update_first":
                 for k in range(K):
                     if d[k] > 0 and t >= d[k]:
                         backward(k, t - d[k])
+            today = [[np.array(w) for w in stage] for stage in weights]
+            if predict:
+                for k in range(K):
+                    set_rate(k)
+                    ahead(optimizers[k], weights[k], min(t, tau[k]))
+            then.append([[np.array(w) for w in stage] for stage in weights])
             value, outputs, gradient = _back_propagate(
                 model, stages, weights, batch, loss, shrink
             )
             gradients.append(gradient)
+            for stage, values in zip(weights, today):
+                for w, old in zip(stage, values):
+                    w.assign(old)
             for k in range(K):
                 if (order == "forward_first" or d[k] == 0) and t >= d[k]:
                     backward(k, t - d[k])

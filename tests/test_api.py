@@ -34,11 +34,15 @@ def defaults(function):
 
 def test_public_names():
     assert sorted(fdg_keras.__all__) == [
+        "Correction",
+        "DelayCompensation",
         "GradientShrinking",
         "GradientTransformer",
+        "LearningRateRescheduling",
         "Plan",
         "StagePlan",
         "Trainer",
+        "WeightPrediction",
         "fit",
     ]
     assert all(hasattr(fdg_keras, name) for name in fdg_keras.__all__)

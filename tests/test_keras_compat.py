@@ -388,6 +388,64 @@ def test_profiles(tmp_path, profile_batch, profiles):
     assert _keras.profiles(callback) is profiles
 
 
+def built(optimizer, value=1.0):
+    variable = keras.Variable([value, -value])
+    optimizer.build([variable])
+    return variable
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: keras.optimizers.SGD(0.1, momentum=0.9),
+        lambda: keras.optimizers.Adam(0.1, epsilon=0.01),
+        lambda: keras.optimizers.AdamW(0.1, weight_decay=0.0),
+    ],
+    ids=["sgd", "adam", "adamw"],
+)
+def test_momentum_step(make):
+    """The step is what the last update has added."""
+    optimizer = make()
+    assert _keras.has_momentum(optimizer)
+    variable = built(optimizer)
+    assert _keras.momentum_step(optimizer, variable).numpy().tolist() == [0, 0]
+    for gradient in ([1.0, -2.0], [0.5, 3.0]):
+        before = variable.numpy()
+        optimizer.apply([tf.constant(gradient)], [variable])
+        step = _keras.momentum_step(optimizer, variable)
+        np.testing.assert_allclose(step, variable.numpy() - before, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        keras.optimizers.SGD(0.1),
+        keras.optimizers.Adam(amsgrad=True),
+        keras.optimizers.Nadam(),
+    ],
+)
+def test_has_momentum(optimizer):
+    assert not _keras.has_momentum(optimizer)
+
+
+@pytest.mark.parametrize(
+    "rate",
+    [
+        0.4,
+        lambda: 0.4,
+        keras.optimizers.schedules.PiecewiseConstantDecay([9], [0.4, 0.0]),
+    ],
+)
+def test_scaled_learning_rate(rate):
+    optimizer = keras.optimizers.SGD(rate, weight_decay=0.5)
+    variable = built(optimizer)
+    with _keras.scaled_learning_rate(optimizer, 0.5):
+        optimizer.apply([tf.zeros(2)], [variable])
+        assert float(optimizer.learning_rate) == pytest.approx(0.2)
+    assert float(optimizer.learning_rate) == pytest.approx(0.4)
+    np.testing.assert_allclose(variable, [0.9, -0.9], rtol=1e-6)
+
+
 # -- Data ---------------------------------------------------------------------
 
 
