@@ -20,6 +20,7 @@ SETTINGS = {
     "shrink": 1.0,
     "stash": "exact",
     "order": "forward_first",
+    "corrections": (),
 }
 
 
