@@ -322,6 +322,38 @@ def profiles(callback: keras.callbacks.TensorBoard) -> bool:
     return callback._start_batch > 0
 
 
+# -- Callbacks ----------------------------------------------------------------
+
+
+def batches_until_save(callback: Any, batch: int, window: int) -> int | None:
+    """Returns after how many more batches of an epoch a callback saves.
+
+    Private: `_batches_seen_since_last_saving` and `_last_batch_seen` of
+    `ModelCheckpoint` and `BackupAndRestore`.
+
+    Args:
+        callback: Any callback.
+        batch: How many batches of the epoch have been trained.
+        window: After how many batches each it is called.
+
+    Returns:
+        `None` if it does not save in the midst of an epoch.
+    """
+    kinds = (keras.callbacks.ModelCheckpoint, keras.callbacks.BackupAndRestore)
+    if not isinstance(callback, kinds) or callback.save_freq == "epoch":
+        return None
+    seen = callback._batches_seen_since_last_saving
+    last = callback._last_batch_seen
+    position = batch
+    while True:
+        position += window
+        begins = last is None or position - 1 <= last
+        seen += position if begins else position - 1 - last
+        last = position - 1
+        if seen >= callback.save_freq:
+            return position - batch
+
+
 # -- Data ---------------------------------------------------------------------
 
 
@@ -348,7 +380,9 @@ def remember_failures(adapter: Any, failures: list[BaseException]) -> None:
         def generator() -> Iterator[Any]:
             try:
                 yield from iterate()
-            except Exception as failure:
+            except GeneratorExit:
+                raise
+            except BaseException as failure:
                 failures.append(failure)
                 raise
 

@@ -7,7 +7,7 @@ need and pulled into their links by a compiled loop, in the feeder's thread.
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -54,6 +54,11 @@ class Batches:
     def __init__(
         self, graph: Graph, steps_per_epoch: int | None = None, **data: Any
     ):
+        if data.get("x") is None:
+            raise ValueError(
+                "Expected data: arrays, a `tf.data.Dataset`, a `PyDataset` or "
+                "a generator. Received: x=None"
+            )
         limit = keras.config.max_steps_per_epoch()
         if limit and (not steps_per_epoch or limit < steps_per_epoch):
             warnings.warn(f"Limiting steps_per_epoch to {limit}", stacklevel=3)
@@ -168,6 +173,7 @@ class Epoch:
         limit: How many to draw at most, or `None`.
         failures: What Python code has raised that makes the batches.
         drawn: How many were drawn; set by who draws.
+        drawn_before: How many were when it was last paused; likewise.
         stopped: Whether drawing was stopped on purpose; likewise.
     """
 
@@ -175,6 +181,7 @@ class Epoch:
     limit: int | None
     failures: list[BaseException] = field(default_factory=list)
     drawn: int = 0
+    drawn_before: int = 0
     stopped: bool = False
 
     @contextlib.contextmanager
@@ -188,39 +195,47 @@ class Epoch:
             raise
 
 
-def make_feed(
-    feeds: Sequence[tuple[Link, Sequence[int]]], targets: Link | None
-) -> Callable[[Any, int], int]:
-    """Returns a function that moves batches from an iterator to links.
+class Feed:
+    """Moves batches from an iterator to links, by a compiled loop.
 
     Args:
         feeds: Links, and the positions of the inputs each one carries.
         targets: The link that carries the targets, if any.
-
-    Returns:
-        `feed(iterator, count)`, which moves up to `count` batches and returns
-        how many there were.
     """
 
-    def push(element: Any) -> tf.Tensor:
-        inputs, flat_targets = element
-        done = [
-            operation
-            for link, positions in feeds
-            for operation in link.enqueue([inputs[i] for i in positions])
-        ]
-        if targets is not None:
-            done += targets.enqueue(list(flat_targets))
-        with tf.control_dependencies(done):
-            return tf.constant(1)
+    def __init__(
+        self,
+        feeds: Sequence[tuple[Link, Sequence[int]]],
+        targets: Link | None,
+    ):
+        self._feeds = feeds
+        self._targets = targets
+        with tf.device("CPU:0"):
+            self._moved = tf.Variable(0, dtype=tf.int64, trainable=False)
+        self._function: Any = None
 
-    @tf.function(autograph=False)
-    def feed(iterator: Any, count: tf.Tensor) -> tf.Tensor:
+    def __call__(self, iterator: Any, count: int) -> int:
+        """Moves up to `count` batches; returns how many there were."""
+        self._moved.assign(0)
+        if self._function is None:
+            # Traced by hand: TensorFlow's own way warns of many trainers.
+            self._function = tf.function(
+                self._move, autograph=False
+            ).get_concrete_function(iterator, tf.TensorSpec((), tf.int32))
+        return int(self._function(iterator, tf.constant(count)))
+
+    def moved(self) -> int:
+        """Returns how many batches the last call has moved, done or not."""
+        return int(self._moved)
+
+    def _move(self, iterator: Any, count: tf.Tensor) -> tf.Tensor:
         def body(fed: tf.Tensor, _: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             element = iterator.get_next_as_optional()
             more = element.has_value()
             moved = tf.cond(
-                more, lambda: push(element.get_value()), lambda: tf.constant(0)
+                more,
+                lambda: self._push(element.get_value()),
+                lambda: tf.constant(0),
             )
             return fed + moved, more
 
@@ -232,7 +247,19 @@ def make_feed(
         )
         return fed
 
-    return lambda iterator, count: int(feed(iterator, tf.constant(count)))
+    def _push(self, element: Any) -> tf.Tensor:
+        inputs, targets = element
+        done = [
+            operation
+            for link, positions in self._feeds
+            for operation in link.enqueue([inputs[i] for i in positions])
+        ]
+        if self._targets is not None:
+            done += self._targets.enqueue(list(targets))
+        with tf.control_dependencies(done):
+            done = [self._moved.assign_add(1, read_value=False)]
+        with tf.control_dependencies(done):
+            return tf.constant(1)
 
 
 def _tensors_only(specs: Any) -> Any:
@@ -279,6 +306,7 @@ def _check_shapes(inputs: Sequence[tf.TensorSpec], graph: Graph) -> None:
         if not spec.shape.is_compatible_with(symbol.shape):
             raise ValueError(
                 f"The data do not fit the model's input {symbol.name!r}: "
-                f"expected shape {tuple(symbol.shape)}, received "
-                f"{tuple(spec.shape)}."
+                f"expected batches of shape {tuple(symbol.shape)}. Reshape the "
+                "data, or build the model for them. Received: "
+                f"{tuple(spec.shape)}"
             )

@@ -8,8 +8,9 @@ from typing import Any, Literal
 import keras
 
 from fdg_keras import _keras
-from fdg_keras.conductor import Conductor, Pace
+from fdg_keras.conductor import Conductor
 from fdg_keras.data import Batches, Spec
+from fdg_keras.feeding import Pace
 from fdg_keras.objective import Objective
 from fdg_keras.optimizers import StageOptimizers
 from fdg_keras.pipeline import Pipeline, Settings
@@ -105,6 +106,7 @@ class Deployment:
         pace: Pace,
         begin: Callable[[int], None],
         end: Callable[[int, dict], bool],
+        until_pause: Callable[[], int | None] = lambda: None,
     ) -> None:
         """Runs one epoch, within the context. See `Conductor.run`."""
         built = self.build(mode, batches.spec)
@@ -123,7 +125,7 @@ class Deployment:
 
             rate = optimizers.learning_rate
             try:
-                conductor.run(epoch, rate, begin, counted_end)
+                conductor.run(epoch, rate, begin, counted_end, until_pause)
             finally:
                 optimizers.push()
 

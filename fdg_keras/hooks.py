@@ -4,9 +4,11 @@ import warnings
 from typing import Any
 
 import keras
+import numpy as np
 
 from fdg_keras import _keras
-from fdg_keras.conductor import Pace
+from fdg_keras.feeding import Pace
+from fdg_keras.threads import noting
 
 
 class Hooks:
@@ -32,6 +34,7 @@ class Hooks:
     ):
         self._model = model
         self._paces: dict[str, Pace] = {}
+        self._trained = 0
         if not isinstance(callbacks, keras.callbacks.CallbackList):
             callbacks = keras.callbacks.CallbackList(
                 callbacks,
@@ -44,12 +47,22 @@ class Hooks:
             )
         self.callbacks = callbacks
 
+    def call(self, name: str, *args: Any, **kwargs: Any) -> None:
+        """Calls a hook of all callbacks, one that is not about batches."""
+        with noting(f"in a callback's `{name}`"):
+            getattr(self.callbacks, name)(*args, **kwargs)
+
+    def start_epoch(self) -> None:
+        """Starts counting batches from 0."""
+        self._trained = 0
+
     def begin(self, mode: str, batch: int) -> None:
         """Tells callbacks that a window begins, by its first batch."""
         getattr(self.callbacks, f"on_{mode}_batch_begin")(batch)
 
     def end(self, mode: str, batch: int, logs: dict) -> None:
         """Tells callbacks that a window has ended, by its last batch."""
+        self._trained = batch + 1
         getattr(self.callbacks, f"on_{mode}_batch_end")(batch, logs)
 
     def pace(self, mode: str) -> Pace:
@@ -64,6 +77,26 @@ class Hooks:
             self._paces[mode] = Pace(asked if fixed else None)
         return self._paces[mode]
 
+    def until_pause(self) -> int | None:
+        """Returns after how many more batches the stages are to drain.
+
+        Where `ModelCheckpoint` or `BackupAndRestore` save within an epoch
+        (`save_freq`), and every `drain_every` batches if a callback has such
+        an attribute.
+        """
+        window = self.pace("train").window
+        found = []
+        for callback in self.callbacks.callbacks:
+            found.append(
+                _keras.batches_until_save(callback, self._trained, window)
+            )
+            every = getattr(callback, "drain_every", None)
+            if every:
+                # At the end of a window.
+                every = -(-every // window) * window
+                found.append(every - self._trained % every)
+        return min((n for n in found if n is not None), default=None)
+
     def _listens_to_batches(self, mode: str) -> bool:
         names = [f"on_{mode}_batch_begin", f"on_{mode}_batch_end"]
         if mode == "train":
@@ -76,9 +109,16 @@ class Hooks:
         )
 
 
-def as_floats(metrics: dict) -> dict[str, float]:
-    """Returns metric results as Python floats."""
-    return {name: float(value) for name, value in metrics.items()}
+def as_floats(metrics: dict) -> dict[str, Any]:
+    """Returns metric results as Python floats, or arrays if they have a shape.
+
+    As `keras.Model.fit` does.
+    """
+    found = {}
+    for name, value in metrics.items():
+        array = np.asarray(value)
+        found[name] = array if array.shape else float(array)
+    return found
 
 
 def capped_epochs(epochs: int) -> int:

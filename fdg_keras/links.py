@@ -104,7 +104,8 @@ class Link:
 class Ports:
     """The links of one stage; `None` where there is none.
 
-    Every link lives on its consumer's device (on a GPU, with its tensors).
+    Every link lives on its consumer's device (on a GPU, with its tensors), but
+    for the outputs of `predict`: they stay on the device that made them.
     Shapes are `[B, ...]`, dtypes those of the model; `Link.specs` has them.
 
     Attributes:

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from fdg_keras import delays
 from fdg_keras.corrections import Correction
-from fdg_keras.data import Spec, make_feed
+from fdg_keras.data import Feed, Spec
 from fdg_keras.delays import Order
 from fdg_keras.linearize import Stash
 from fdg_keras.links import Link, Ports
@@ -80,7 +80,7 @@ class Pipeline:
             self.make_loop(stage, ports)
             for stage, ports in zip(self.stages, self.ports)
         ]
-        self.feed = make_feed(
+        self.feed = Feed(
             [
                 (ports.feeds, self._positions(stage))
                 for stage, ports in zip(self.stages, self.ports)

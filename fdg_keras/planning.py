@@ -192,12 +192,18 @@ def _elements(symbol: Any) -> int:
 def _balanced(graph: Graph, splits: int) -> list[int]:
     legal = graph.legal_cuts()
     if not 1 <= splits <= len(legal) + 1:
+        shared = len(graph.nodes) - 1 - len(legal)
+        why = (
+            f", and {shared} of the places between them would split a shared "
+            "layer"
+            if shared
+            else ""
+        )
         raise ValueError(
             f"This model can be cut into 1 to {len(legal) + 1} stages: it has "
-            f"{len(graph.nodes)} layers and operations, and "
-            f"{len(graph.nodes) - 1 - len(legal)} of the places between them "
-            "would split a shared layer. Ask for as many, or split layers "
-            f"that do much into several. Received: splits={splits}"
+            f"{len(graph.nodes)} layers and operations{why}. Ask for as many, "
+            "or split layers that do much into several. Received: "
+            f"splits={splits}"
         )
     ends = np.array([*legal, len(graph.nodes) - 1])
     costs = [node_cost(graph, node) for node in graph.nodes]
@@ -284,7 +290,7 @@ def _position_of(graph: Graph, name: Any) -> int:
     hint = f"Did you mean one of {inner}? " if inner else ""
     raise ValueError(
         f"No layer is called {name!r}. {hint}Expected names among "
-        f"{_shortened([node.name for node in graph.nodes])}."
+        f"{_shortened([node.name for node in graph.nodes])}. Received: {name!r}"
     )
 
 

@@ -1,8 +1,8 @@
 """Named threads of which the first failure wins.
 
 Knows nothing of Keras or TensorFlow: it runs callables. The thread that opens
-a `Crew` never blocks in anything but a Python queue, so that Ctrl-C always
-reaches it.
+a `Crew` waits in Python only (for a queue, and last for the threads to end), so
+that Ctrl-C always reaches it.
 """
 
 import contextlib
@@ -44,6 +44,7 @@ class Crew:
         self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._failure: BaseException | None = None
+        self._leaves = False
 
     @property
     def stopping(self) -> bool:
@@ -78,16 +79,27 @@ class Crew:
         """Hands `result` to the thread that opened the crew."""
         self._results.put(result)
 
-    def receive(self) -> Any:
+    def receive(self, seconds: float | None = None) -> Any:
         """Waits for the next result, in the order of `send`.
 
+        Args:
+            seconds: How long to wait; `None` for as long as it takes.
+
         Raises:
+            TimeoutError: If nothing came.
             BaseException: The first failure of any thread, as it was raised.
         """
-        result = self._results.get()
+        try:
+            result = self._results.get(timeout=seconds)
+        except queue.Empty:
+            raise TimeoutError from None
         if self._failure is not None:
             raise self._failure
         return result
+
+    def leave(self) -> None:
+        """Has the end of the `with` block stop what may be left, too."""
+        self._leaves = True
 
     def stop(self) -> None:
         """Asks all threads to end at their next hand-off."""
@@ -95,6 +107,14 @@ class Crew:
             if self._stopping.is_set():
                 return
             self._stopping.set()
+        # In a thread of its own: a second Ctrl-C must not end it half way.
+        releasing = threading.Thread(
+            target=self._release_all, name="fdg-release", daemon=True
+        )
+        releasing.start()
+        releasing.join()
+
+    def _release_all(self) -> None:
         # What fails from here on is a consequence. Raised, it would keep the
         # failure that came first from being received.
         with contextlib.suppress(Exception):
@@ -112,32 +132,43 @@ class Crew:
             self._results.put(None)
 
     def _join(self) -> None:
+        threads = self._threads
         if self.stopping:
             for name in _still_running(self._may_be_left, _GRACE_S):
-                warnings.warn(
+                self._warn(
                     f"{name} is in code that does not return, and is left "
-                    "behind. It ends when that code returns.",
-                    stacklevel=3,
+                    "behind. It ends when that code returns."
                 )
-        threads = self._threads
-        if not self.stopping:
+        else:
             threads = threads + self._may_be_left
         late = _still_running(threads, _PATIENCE_S)
         if late:
-            warnings.warn(
+            self._warn(
                 f"Still waiting for {', '.join(late)} to end a computation "
-                "that cannot be interrupted.",
-                stacklevel=3,
+                "that cannot be interrupted."
             )
             _still_running(threads, None)
+
+    def _warn(self, message: str) -> None:
+        # Where warnings are errors, this one must not hide the failure that
+        # is on its way, nor keep the other threads from being joined.
+        with contextlib.suppress(UserWarning):
+            warnings.warn(message, stacklevel=4)
 
     def __enter__(self) -> "Crew":
         return self
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
-        if error is not None:
+        try:
+            if error is not None or self._leaves:
+                self.stop()
+            self._join()
+        except KeyboardInterrupt:
+            # Impatience; what waits for a link has been woken, or is now.
             self.stop()
-        self._join()
+            self._join()
+            if error is None:
+                raise
         if error is None and self._failure is not None:
             raise self._failure
 
@@ -175,3 +206,13 @@ class Inbox:
         """Yields messages as they come, until the inbox is closed."""
         while (message := self._messages.get()) is not self._CLOSED:
             yield message
+
+
+@contextlib.contextmanager
+def noting(where: str) -> Iterator[None]:
+    """Adds a note to an exception that says where it came from."""
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(f"Raised {where}.")
+        raise

@@ -133,7 +133,14 @@ class Trainer:
             ValueError: If the data do not fit the model, or are empty.
         """
         check_model(self.model)
-        check_sizes(batch_size, validation_batch_size, validation_split)
+        check_sizes(
+            batch_size,
+            steps_per_epoch,
+            validation_batch_size,
+            validation_steps,
+            validation_split,
+            validation_freq,
+        )
         epochs = capped_epochs(epochs)
         if validation_split and validation_data is None:
             (x, y, sample_weight), validation_data = (
@@ -188,6 +195,7 @@ class Trainer:
         Takes and returns what `keras.Model.evaluate` does.
         """
         check_model(self.model)
+        check_sizes(batch_size, steps)
         batches = Batches(
             self._graph,
             steps,
@@ -219,6 +227,7 @@ class Trainer:
         Takes and returns what `keras.Model.predict` does: NumPy arrays
         `[N, ...]` in the structure of the model's outputs.
         """
+        check_sizes(batch_size, steps)
         batches = Batches(
             self._graph, steps, x=x, batch_size=batch_size, shuffle=False
         )
@@ -237,10 +246,10 @@ class Trainer:
                 hooks.end("predict", batch, {"outputs": outputs})
                 return self.model.stop_predicting
 
-            hooks.callbacks.on_predict_begin()
+            hooks.call("on_predict_begin")
             self._run("predict", batches, hooks, end)
             pipeline.forget_outputs()
-            hooks.callbacks.on_predict_end()
+            hooks.call("on_predict_end")
         return self._packed(parts)
 
     # -- Parts of the above ---------------------------------------------------
@@ -261,47 +270,47 @@ class Trainer:
         validation_freq: Any,
     ) -> keras.callbacks.History:
         """Runs the epochs of `fit` as `keras.Model.fit` does."""
-        model, callbacks = self.model, hooks.callbacks
-        logs: dict[str, float] | None = None
+        model = self.model
+        logs: dict[str, Any] | None = None
 
         def end(batch: int, metrics: dict) -> bool:
-            hooks.end("train", batch, metrics)
+            hooks.end("train", batch, as_floats(metrics))
             return model.stop_training
 
         model.stop_training = False
-        callbacks.on_train_begin()
+        hooks.call("on_train_begin")
         first = _keras.initial_epoch_of(model) or initial_epoch
         for epoch in range(first, epochs):
             model.reset_metrics()
-            callbacks.on_epoch_begin(epoch)
+            hooks.call("on_epoch_begin", epoch)
             self._run("train", batches, hooks, end)
             logs = as_floats(model.get_metrics_result())
             if validation is not None and validates(epoch, validation_freq):
                 tested = self._test(validation, hooks)
                 logs.update({f"val_{k}": v for k, v in tested.items()})
-            callbacks.on_epoch_end(epoch, logs)
+            hooks.call("on_epoch_end", epoch, logs)
             if model.stop_training:
                 break
         if epochs > 0:
             model.optimizer.finalize_variable_values(model.trainable_weights)
-        callbacks.on_train_end(logs=logs)
+        hooks.call("on_train_end", logs=logs)
         return model.history
 
-    def _test(self, batches: Batches, hooks: Hooks) -> dict[str, float]:
+    def _test(self, batches: Batches, hooks: Hooks) -> dict[str, Any]:
         """Runs `evaluate`, or the validation of `fit`."""
         model = self.model
         model.stop_evaluating = False
 
         def end(batch: int, metrics: dict) -> bool:
-            hooks.end("test", batch, metrics)
+            hooks.end("test", batch, as_floats(metrics))
             return model.stop_evaluating
 
-        hooks.callbacks.on_test_begin()
+        hooks.call("on_test_begin")
         model.reset_metrics()
         batches.reset()
         self._run("test", batches, hooks, end)
         logs = as_floats(model.get_metrics_result())
-        hooks.callbacks.on_test_end(logs)
+        hooks.call("on_test_end", logs)
         return logs
 
     def _run(
@@ -314,7 +323,10 @@ class Trainer:
         def begin(batch: int) -> None:
             hooks.begin(mode, batch)
 
-        self._deployment.run(mode, batches, hooks.pace(mode), begin, end)
+        hooks.start_epoch()
+        self._deployment.run(
+            mode, batches, hooks.pace(mode), begin, end, hooks.until_pause
+        )
 
 
 def fit(

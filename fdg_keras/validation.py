@@ -81,35 +81,55 @@ def check_model(model: Any) -> None:
         raise ValueError(
             "Stages run as compiled loops, so `run_eagerly=True` is not "
             "supported. Debug with `model.fit`, or compile the model with "
-            "`run_eagerly=False`."
+            "`run_eagerly=False`. Received: run_eagerly=True"
         )
 
 
 def check_sizes(
-    batch_size: int | None,
-    validation_batch_size: int | None = None,
-    validation_split: float = 0.0,
+    batch_size: Any,
+    steps: Any = None,
+    validation_batch_size: Any = None,
+    validation_steps: Any = None,
+    validation_split: Any = 0.0,
+    validation_freq: Any = 1,
 ) -> None:
-    """Checks arguments of `fit` that Keras lets through.
+    """Checks arguments of `fit`, `evaluate` and `predict`.
+
+    Keras itself lets most of them through, to fail later and elsewhere.
 
     Raises:
         ValueError: If one is out of range.
     """
-    if not 0 <= validation_split < 1:
+    is_number = isinstance(validation_split, (int, float))
+    if not is_number or not 0 <= validation_split < 1:
         raise ValueError(
             "Expected `validation_split` to be the share of the samples to "
             f"validate on, at least 0 and less than 1. Received: "
             f"{validation_split!r}"
         )
-    for name, size in (
-        ("batch_size", batch_size),
-        ("validation_batch_size", validation_batch_size),
+    for name, size, otherwise in (
+        ("batch_size", batch_size, "32 samples"),
+        ("validation_batch_size", validation_batch_size, "`batch_size`"),
+        ("steps_per_epoch", steps, "all batches"),
+        ("validation_steps", validation_steps, "all batches"),
     ):
-        if size is not None and size < 0:
+        if size is not None and not _is_count(size):
             raise ValueError(
-                f"Expected `{name}` to be a positive number of samples, or "
-                f"`None` for 32. Received: {size!r}"
+                f"Expected `{name}` to be a whole number, 1 or more, or "
+                f"`None` for {otherwise}. Received: {size!r}"
             )
+    if isinstance(validation_freq, numbers.Number) and not _is_count(
+        validation_freq
+    ):
+        raise ValueError(
+            "Expected `validation_freq` to be a whole number of epochs, 1 or "
+            f"more, or a list of epochs. Received: {validation_freq!r}"
+        )
+
+
+def _is_count(value: Any) -> bool:
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    return whole and value >= 1
 
 
 def warn_if_shrinking_is_futile(transform: Any, model: keras.Model) -> None:

@@ -49,8 +49,9 @@ import numpy as np
 import tensorflow as tf
 
 from fdg_keras import Trainer, delays
-from fdg_keras.conductor import Conductor, Pace
+from fdg_keras.conductor import Conductor
 from fdg_keras.data import Batches
+from fdg_keras.feeding import Pace
 from fdg_keras.links import Link, Ports
 from trainers import models
 

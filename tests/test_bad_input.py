@@ -367,8 +367,8 @@ def test_transformers_that_return_something_else(transform, received):
 
 def test_inputs_of_another_shape():
     message = (
-        r"do not fit the model's input 'in': expected shape \(None, 4\), "
-        r"received \(None, 5\)"
+        r"do not fit the model's input 'in': expected batches of shape "
+        r"\(None, 4\).*Received: \(None, 5\)"
     )
     with pytest.raises(ValueError, match=message):
         fit(make_model(), np.ones((8, 5), "float32"))
@@ -384,6 +384,13 @@ def test_targets_of_another_shape():
     ("argument", "value"),
     [
         ("batch_size", -1),
+        ("batch_size", 0),
+        ("batch_size", 2.5),
+        ("batch_size", "8"),
+        ("steps_per_epoch", -1),
+        ("validation_steps", 0),
+        ("validation_freq", 0),
+        ("validation_split", "a"),
         ("validation_batch_size", -4),
         ("validation_split", 1.0),
         ("validation_split", -0.1),
@@ -391,8 +398,13 @@ def test_targets_of_another_shape():
 )
 def test_sizes(argument, value):
     x, y = np.zeros((8, 4)), np.zeros((8, 2))
-    with pytest.raises(ValueError, match=f"`{argument}` to be .* {value}"):
+    with pytest.raises(ValueError, match=f"`{argument}` to be .* {value!r}"):
         fdg_keras.fit(make_model(), x, y, verbose=0, **{argument: value})
+
+
+def test_no_data():
+    with pytest.raises(ValueError, match=r"Expected data: .* x=None"):
+        fit(make_model(), None, None)
 
 
 def test_inputs_and_targets_of_different_length():

@@ -1,5 +1,6 @@
 """Bugs that were there once, each with its story."""
 
+import functools
 import gc
 import threading
 
@@ -288,3 +289,37 @@ def test_a_model_made_under_a_strategy_is_refused():
         model = small_model()
     with pytest.raises(ValueError, match=r"outside of `tf\.distribute`"):
         fdg_keras.Trainer(model, 2)
+
+
+def test_metrics_with_a_shape():
+    """F1 for each class is a vector; `History` holds arrays, as Keras' does."""
+    x = np.random.RandomState(0).rand(24, 4).astype("float32")
+    y = np.eye(3)[np.arange(24) % 3]
+    found = []
+    for train in (keras.Model.fit, functools.partial(fdg_keras.fit, delay=0)):
+        keras.utils.set_random_seed(1)
+        model = keras.Sequential(
+            [
+                keras.Input((4,)),
+                keras.layers.Dense(4),
+                keras.layers.Dense(3, "softmax"),
+            ]
+        )
+        model.compile("sgd", "categorical_crossentropy", metrics=["f1_score"])
+        history = train(model, x, y, verbose=0, validation_data=(x, y)).history
+        found.append(history)
+    assert list(found[0]) == list(found[1])
+    for key, values in found[0].items():
+        np.testing.assert_allclose(found[1][key], values, rtol=1e-5)
+    assert np.shape(found[1]["val_f1_score"]) == (1, 3)
+
+
+def test_many_trainers_are_no_reason_to_warn(caplog):
+    """TensorFlow took the feeders of several trainers for one, retraced."""
+    for _ in range(6):
+        model = keras.Sequential(
+            [keras.Input((2,)), keras.layers.Dense(2), keras.layers.Dense(1)]
+        )
+        model.compile("sgd", "mse")
+        fdg_keras.fit(model, np.ones((8, 2)), np.ones((8, 1)), verbose=0)
+    assert "retracing" not in caplog.text

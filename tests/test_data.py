@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from fdg_keras.data import Batches, make_feed
+from fdg_keras.data import Batches, Feed
 from fdg_keras.links import Link
 from fdg_keras.slicing import trace_graph
 
@@ -30,7 +30,7 @@ def graph_of_two():
 def first_rows(batches, count=None, ask=3):
     """Runs an epoch as the feeder does; the first column of each batch."""
     link = Link(batches.spec.inputs, 1000, CPU, "test")
-    feed = make_feed([(link, range(len(batches.spec.inputs)))], None)
+    feed = Feed([(link, range(len(batches.spec.inputs)))], None)
     found = []
     with batches.epoch() as epoch:
         while epoch.limit is None or epoch.drawn < epoch.limit:
@@ -310,7 +310,7 @@ def test_a_missing_last_dimension_is_added():
 
 
 def test_shapes_that_do_not_fit(graph):
-    message = r"do not fit.*expected shape \(None, 2\), received \(None, 3\)"
+    message = r"do not fit.*expected batches of shape \(None, 2\).*\(None, 3\)"
     with pytest.raises(ValueError, match=message):
         Batches(graph, x=np.ones((4, 3), "float32"), y=Y[:4])
 
@@ -344,7 +344,7 @@ def test_each_link_gets_the_inputs_it_carries(graph_of_two):
     target_specs = [batches.spec.y, tf.TensorSpec((), tf.int32)]
     targets = Link(target_specs, 9, CPU, "targets")
     feeds = [(link, [order.index(n)]) for link, n in zip(links, "ab")]
-    feed = make_feed(feeds, targets)
+    feed = Feed(feeds, targets)
     with batches.epoch() as epoch:
         epoch.drawn = feed(epoch.iterator, 2)
         assert epoch.drawn == 2

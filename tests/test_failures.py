@@ -233,7 +233,20 @@ def test_failure_in_the_data_set():
         if i == BAD:
             raise RuntimeError("the disk is gone")
 
-    with fails(RuntimeError, "the disk is gone", "in the feeder"):
+    note = f"in the feeder, drawing batch {BAD} of this epoch"
+    with fails(RuntimeError, "the disk is gone", note):
+        fit(trainer, batches(check))
+    assert_usable(trainer)
+
+
+def test_an_exit_in_the_data_set():
+    trainer = make_trainer(build())
+
+    def check(i):
+        if i == BAD:
+            raise SystemExit("enough")
+
+    with fails(SystemExit, "enough", "in the feeder"):
         fit(trainer, batches(check))
     assert_usable(trainer)
 
@@ -249,38 +262,77 @@ def test_failure_in_a_map_of_the_data_set():
             return tf.identity(x), y
 
     batches = tf.data.Dataset.from_tensor_slices((x, y)).batch(BATCH)
-    with fails(tf.errors.InvalidArgumentError, "no disk", "in the feeder"):
+    note = f"in the feeder, drawing batch {BAD} of this epoch"
+    with fails(tf.errors.InvalidArgumentError, "no disk", note):
         fit(trainer, batches.map(check))
     assert_usable(trainer)
+
+
+class Blocking:
+    """A data set that blocks in front of batch `BAD + 1`."""
+
+    def __init__(self, x=None):
+        self._x = x
+        self._go_on = threading.Event()
+
+    def __enter__(self):
+        return batches(self._check, self._x)
+
+    def __exit__(self, *details):
+        self._go_on.set()
+        for thread in threading.enumerate():
+            if thread.name == "fdg-feeder":
+                thread.join(LIMIT_S)
+
+    def _check(self, i):
+        if i == BAD + 1:
+            self._go_on.wait(60)
+
+
+# Who listens to batches has them announced one by one.
+LISTENER = keras.callbacks.LambdaCallback(
+    on_train_batch_end=lambda batch, logs: None
+)
+LEFT = pytest.warns(UserWarning, match="fdg-feeder is in code")
 
 
 def test_a_failure_while_the_data_set_blocks():
     # What blocks in Python cannot be ended: its thread is left behind.
     trainer = make_trainer(build(1))
     fit(trainer, *data())
-    x, _ = data(fatal=True)
-    go_on = threading.Event()
-
-    def block(i):
-        if i == BAD + 1:
-            go_on.wait(60)
-
-    # Who listens to batches has them announced one by one.
-    listener = keras.callbacks.LambdaCallback(
-        on_train_batch_end=lambda batch, logs: None
-    )
-    try:
-        with (
-            pytest.warns(UserWarning, match="fdg-feeder is in code"),
-            fails(tf.errors.InvalidArgumentError, "bomb in forward"),
-        ):
-            fit(trainer, batches(block, x), callbacks=[listener])
+    with Blocking(data(fatal=True)[0]) as blocking:
+        with LEFT, fails(tf.errors.InvalidArgumentError, "bomb in forward"):
+            fit(trainer, blocking, callbacks=[LISTENER])
         assert_usable(trainer)
-    finally:
-        go_on.set()
-    for thread in threading.enumerate():
-        if thread.name == "fdg-feeder":
-            thread.join(LIMIT_S)
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_a_failure_where_warnings_are_errors():
+    trainer = make_trainer(build(1))
+    with (
+        Blocking(data(fatal=True)[0]) as blocking,
+        fails(tf.errors.InvalidArgumentError, "bomb in forward", "In stage 1"),
+    ):
+        fit(trainer, blocking, callbacks=[LISTENER])
+
+
+def test_a_stop_while_the_data_set_blocks():
+    trainer = make_trainer(build())
+    x, _ = data()
+    x[BAD * BATCH] = np.nan
+    with Blocking(x) as blocking:
+        start = time.perf_counter()
+        with LEFT:
+            history = fit(
+                trainer,
+                blocking,
+                callbacks=[keras.callbacks.TerminateOnNaN()],
+            )
+        assert time.perf_counter() - max(start, Clock.started) < LIMIT_S
+        assert len(history.history["loss"]) == 1
+        weights = trainer.model.get_weights()
+        trainer.model.set_weights([np.eye(6)] * len(weights))
+        assert_usable(trainer)
 
 
 def batches(check, x=None):
@@ -306,8 +358,9 @@ def test_failure_in_the_feeder(monkeypatch):
             raise OSError("no more memory")
         return feed(iterator, count)
 
+    bad_feed.moved = lambda: 0
     monkeypatch.setattr(pipeline, "feed", bad_feed)
-    with fails(OSError, "no more memory", "in the feeder, drawing from batch"):
+    with fails(OSError, "no more memory", "in the feeder, drawing batch"):
         fit(trainer, *data())
     assert_usable(trainer)
 
@@ -338,7 +391,9 @@ def test_failure_in_a_callback(hook):
 
     callback = keras.callbacks.Callback()
     setattr(callback, hook, bad)
-    notes = ["in a callback", f"batch {BAD - 1}"] if "batch" in hook else []
+    notes = [f"in a callback's `{hook}`"]
+    if "batch" in hook:
+        notes = ["in a callback", f"batch {BAD - 1} of the epoch"]
     with fails(KeyError, "callback failed", *notes):
         fit(trainer, x, y, validation_data=(x, y), callbacks=[callback])
     assert_usable(trainer)
@@ -371,6 +426,27 @@ def test_interrupt_at_a_batch(batch):
     with fails(KeyboardInterrupt, "Interrupted in this epoch", "stage 2 at"):
         fit(trainer, *data(), callbacks=[Interrupt()])
     assert_usable(trainer)
+
+
+def test_impatience():
+    """A second Ctrl-C changes nothing: a stage ends within its tick."""
+    model = build()
+    x = keras.layers.Dense(6, name="last")(Slow(0.5)(model.outputs[0]))
+    slow = keras.Model(model.inputs, x)
+    slow.compile("sgd", "mse")
+    trainer = make_trainer(slow)
+
+    class Interrupt(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            for after_s in (0.1, 0.2):
+                kill = (os.getpid(), signal.SIGINT)
+                threading.Timer(after_s, os.kill, kill).start()
+            time.sleep(5)
+
+    with fails(KeyboardInterrupt, "Interrupted in this epoch"):
+        fit(trainer, *data(), callbacks=[Interrupt()])
+    x, y = data()
+    fit(trainer, x[: 2 * BATCH], y[: 2 * BATCH])
 
 
 def test_nan_ends_training_with_terminate_on_nan():
@@ -415,7 +491,7 @@ def test_memory_in_flight_is_bounded_by_a_slow_last_stage(steps_per_execution):
     x = keras.layers.Rescaling(1.0, name="first")(inputs)
     x = keras.layers.Rescaling(1.0, name="second")(x)
     x = keras.ops.mean(x, axis=1, keepdims=True)
-    outputs = keras.layers.Dense(1, name="last")(Slow()(x))
+    outputs = keras.layers.Dense(1, name="last")(Slow(0.002)(x))
     model = keras.Model(inputs, outputs)
     model.compile("sgd", "mse", steps_per_execution=steps_per_execution)
     process = psutil.Process()
@@ -444,11 +520,15 @@ def test_memory_in_flight_is_bounded_by_a_slow_last_stage(steps_per_execution):
 
 
 class Slow(keras.layers.Layer):
-    """Takes 2 ms for each batch."""
+    """Takes so many seconds for each batch."""
+
+    def __init__(self, seconds, **kwargs):
+        super().__init__(**kwargs)
+        self.seconds = seconds
 
     def call(self, x):
         def wait(x):
-            time.sleep(0.002)
+            time.sleep(self.seconds)
             return x
 
         y = tf.numpy_function(wait, [x], tf.float32)

@@ -854,3 +854,57 @@ def test_the_progress_bar(capsys):
     assert "Epoch 1/2" in out
     assert "Epoch 2/2" in out
     assert re.search(r"6/6 - .*loss: \d", out)
+
+
+# -- Saving within an epoch ---------------------------------------------------
+
+
+class Snapshots(keras.callbacks.Callback):
+    """Keeps the weights, and the updates made, every `drain_every` batches."""
+
+    def __init__(self, drain_every):
+        super().__init__()
+        self.drain_every = drain_every
+        self.taken = {}
+
+    def on_train_batch_end(self, batch, logs=None):
+        if (batch + 1) % self.drain_every == 0:
+            steps = int(self.model.optimizer.iterations)
+            self.taken[batch + 1] = (steps, self.model.get_weights())
+
+
+def test_a_pause_is_the_end_of_a_stream():
+    """Drained after 4 batches: as if the data had ended there, and goes on."""
+    paused, pieces = make_model(), make_model()
+    snapshots = Snapshots(4)
+    fdg_keras.fit(paused, X, Y, splits=3, callbacks=[snapshots], **FIT)
+    trainer = fdg_keras.Trainer(pieces, splits=3)
+    assert list(snapshots.taken) == [4]
+    for start, stop in ((0, 16), (16, N)):
+        trainer.fit(X[start:stop], Y[start:stop], **FIT)
+        if stop == 16:
+            steps, weights = snapshots.taken[4]
+            assert steps == 4
+            for a, b in zip(weights, pieces.get_weights()):
+                np.testing.assert_array_equal(a, b)
+    assert_identical_weights(paused, pieces)
+
+
+def test_a_checkpoint_within_an_epoch_is_drained(tmp_path):
+    model = make_model()
+    path = str(tmp_path / "{batch:02d}.weights.h5")
+    snapshots = Snapshots(3)
+    checkpoint = keras.callbacks.ModelCheckpoint(
+        path, save_freq=3, save_weights_only=True
+    )
+    fdg_keras.fit(
+        model, X, Y, splits=3, callbacks=[checkpoint, snapshots], **FIT
+    )
+    assert list(snapshots.taken) == [3, 6]
+    saved = sorted(tmp_path.iterdir())
+    assert len(saved) == 2
+    for file, (_, weights) in zip(saved, snapshots.taken.values()):
+        other = make_model()
+        other.load_weights(file)
+        for a, b in zip(weights, other.get_weights()):
+            np.testing.assert_array_equal(a, b)

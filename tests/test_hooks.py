@@ -109,3 +109,61 @@ def test_metrics_as_python_floats():
     found = as_floats({"a": keras.ops.convert_to_tensor(1.5), "b": 2})
     assert found == {"a": 1.5, "b": 2.0}
     assert all(type(value) is float for value in found.values())
+
+
+def pauses(hooks, batches):
+    """The batches of an epoch after which the stages drain."""
+    hooks.start_epoch()
+    hooks.callbacks.on_epoch_begin(0)
+    found, position = [], 0
+    while position < batches:
+        until = hooks.until_pause()
+        stop = min(position + (until or batches), batches)
+        if until and stop == position + until:
+            found.append(stop)
+        window = hooks.pace("train").window
+        while position < stop:
+            position = min(position + window, stop)
+            hooks.end("train", position - 1, {})
+    return found
+
+
+class Counting(callbacks.ModelCheckpoint):
+    """Counts the batches at which it saves."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__("never.keras", *args, **kwargs)
+        self.saved = []
+
+    def _save_model(self, epoch, batch, logs):
+        self.saved.append(batch + 1)
+
+
+@pytest.mark.parametrize(
+    ("window", "frequency", "expected"),
+    [
+        (1, 3, [[3, 6], [2, 5], [1, 4, 7]]),
+        (1, 20, [[], [], [6]]),
+        (2, 3, [None] * 4),
+    ],
+)
+def test_stages_drain_where_a_model_is_saved(window, frequency, expected):
+    counting = Counting(save_freq=frequency)
+    hooks = make_hooks(counting, steps_per_execution=window)
+    for epoch in expected:
+        counting.saved.clear()
+        found = pauses(hooks, 7)
+        # At the end of an epoch the stages drain anyway.
+        assert {*found, 7} == {*counting.saved, 7}
+        assert counting.saved == epoch or window > 1
+
+
+def test_stages_drain_for_those_who_ask():
+    callback = OnBatchEnd()
+    callback.drain_every = 3
+    assert pauses(make_hooks(callback), 7) == [3, 6]
+    assert pauses(make_hooks(callback, steps_per_execution=2), 7) == [4]
+
+
+def test_stages_do_not_drain_for_others():
+    assert pauses(make_hooks(OnBatchEnd(), Counting()), 7) == []

@@ -28,6 +28,7 @@ LADDER = [
     "updates",
     "loops",
     "pipeline",
+    "feeding",
     "conductor",
     "deployment",
     "hooks",

@@ -35,7 +35,7 @@ def test_first_example_runs_as_pasted():
 
 def test_first_example_is_short():
     lines = code_blocks("python")[0].splitlines()
-    assert len([line for line in lines if line]) <= 12
+    assert len([line for line in lines if line]) <= 10
 
 
 def test_timeline_is_the_schedule():
