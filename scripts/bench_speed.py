@@ -12,7 +12,7 @@ step (medians of rounds in which all variants take turns):
     FDG        the K stages with delay=2
     unlinked   the same stage loops side by side, fed constants instead of
                links: they contend for the machine but never wait for each
-               other. No schedule can be faster with these stages.
+               other. The limit, but for how they happen to contend.
 
 and from them
 
@@ -21,7 +21,8 @@ and from them
     overhead   (cores in use * FDG - one core) / K: all processor time of a
                tick beyond what the computation takes, per stage
     shares     what each stage does with its time under FDG: computing, waiting
-               for activations, waiting for gradients
+               for activations, waiting for gradients (medians of the rounds;
+               filling and draining included)
 
 and last how long it takes until ResNet-110 in two stages has trained its first
 batch of 128.
@@ -67,8 +68,9 @@ CASES = [
     ("mlp", 8, 32, 8),
 ]
 QUICK = [("resnet20", 0, 32, 2), ("mlp", 3, 32, 2)]
-# One round of one variant lasts about this many seconds.
+# One round of one variant lasts about this many seconds, or so many steps.
 ROUND_S = 2.0
+LEAST_STEPS = 12
 
 
 class Constants(Link):
@@ -154,6 +156,7 @@ class Linked:
         devices = [f"CPU:{k}" for k in range(splits)]
         self.trainer = Trainer(self._model, splits, devices, delay)
         self._late = delays.stage_delay(0, splits, delay)
+        self.usage: list[list[dict]] = []
 
     def run(self, steps: int) -> float:
         """Returns seconds per step, with all stages busy."""
@@ -166,14 +169,15 @@ class Linked:
                     ends.append((batch + 1, time.perf_counter()))
                     return False
 
-                # Stage 0 is done with its last batch `late` ticks before the
-                # last stage is: measure what lies between fill and drain.
-                epoch.limit = steps + 2 * (window + self._late)
+                # Measure between fill and drain. While it fills, stage 0 gets
+                # ahead by all that the links hold: first let that wear off.
+                fill = window + 3 * (self._late + len(pipeline.stages))
+                epoch.limit = fill + steps + window + 2 * self._late
                 conductor = Conductor(pipeline, Pace(window))
                 conductor.run(epoch, lambda: 0.01, end=end)
-            ends = [e for e in ends if e[0] <= window + self._late + steps]
-            (first, start), (last, stop) = ends[self._late // window], ends[-1]
-            self.usage = conductor.usage
+            ends = [e for e in ends if fill <= e[0] <= fill + window + steps]
+            (first, start), (last, stop) = ends[0], ends[-1]
+            self.usage.append([_shares(usage) for usage in conductor.usage])
             return (stop - start) / (last - first)
 
     @contextlib.contextmanager
@@ -233,7 +237,9 @@ def measure(name, hidden, batch, splits, rounds):
     steps = {}
     for key, variant in variants.items():
         variant.run(8)  # the first run initializes kernels
-        steps[key] = int(min(max(ROUND_S / variant.run(8), 8), 20000))
+        wanted = ROUND_S / variant.run(8)
+        steps[key] = int(min(max(wanted, LEAST_STEPS), 20000))
+    linked.usage.clear()
     times: dict[str, list[float]] = {key: [] for key in variants}
     for _ in range(rounds):
         for key, variant in variants.items():
@@ -250,7 +256,13 @@ def measure(name, hidden, batch, splits, rounds):
         "fdg_over_unlinked": statistics.median(ratios),
         "overhead_ms_per_stage": (cores * found["fdg"] - found["one_core"])
         / splits,
-        "stages": [_shares(usage) for usage in linked.usage],
+        "stages": [
+            {
+                key: statistics.median(r[k][key] for r in linked.usage)
+                for key in shares
+            }
+            for k, shares in enumerate(linked.usage[0])
+        ],
         "rounds_ms": times,
     }
 
