@@ -1,5 +1,6 @@
 """A sliced model on its devices, with a pipeline for each way to run it."""
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import keras
 from fdg_keras import _keras
 from fdg_keras.conductor import Conductor
 from fdg_keras.data import Batches, Spec
+from fdg_keras.emulation import Emulation
 from fdg_keras.feeding import Pace
 from fdg_keras.objective import Objective
 from fdg_keras.optimizers import StageOptimizers
@@ -30,7 +32,7 @@ class Built:
     spec: Spec
     compiled: tuple
     trainable: list[list[keras.Variable]]
-    pipeline: Pipeline
+    pipeline: Pipeline | Emulation
     optimizers: StageOptimizers | None
 
     def serves(self, spec: Spec, compiled: tuple, trainable: list) -> bool:
@@ -58,6 +60,7 @@ class Deployment:
         slices: Its stages.
         devices: Where they run.
         settings: How to train.
+        emulate: Whether training runs one stage after the other.
     """
 
     def __init__(
@@ -67,12 +70,14 @@ class Deployment:
         slices: Sequence[Slice],
         devices: Sequence[str],
         settings: Settings,
+        emulate: bool = False,
     ):
         self._model = model
         self._graph = graph
         self._slices = slices
         self._devices = devices
         self._settings = settings
+        self._emulate = emulate
         self._relocation = Relocation()
         self._built: dict[Mode, Built] = {}
         self._jit_compile = False
@@ -110,10 +115,10 @@ class Deployment:
     ) -> None:
         """Runs one epoch, within the context. See `Conductor.run`."""
         built = self.build(mode, batches.spec)
-        conductor = Conductor(built.pipeline, pace)
+        run = _runner(built.pipeline, pace)
         with batches.epoch() as epoch:
             if built.optimizers is None:
-                conductor.run(epoch, begin=begin, end=end)
+                run(epoch, lambda: 0.0, begin, end, lambda: None)
                 return
             optimizers = built.optimizers
             optimizers.pull()
@@ -125,7 +130,7 @@ class Deployment:
 
             rate = optimizers.learning_rate
             try:
-                conductor.run(epoch, rate, begin, counted_end, until_pause)
+                run(epoch, rate, begin, counted_end, until_pause)
             finally:
                 optimizers.push()
 
@@ -136,6 +141,7 @@ class Deployment:
         """
         model = self._model
         compiled = () if mode == "predict" else _keras.compiled_parts(model)
+        compiled = (*compiled, model.run_eagerly)
         trainable = [part.trainable_variables for part in self._slices]
         built = self._built.get(mode)
         if built is not None and built.serves(spec, compiled, trainable):
@@ -153,7 +159,7 @@ class Deployment:
                 self._devices,
                 self._relocation,
             )
-        pipeline = Pipeline(
+        parts = (
             self._graph,
             self._slices,
             self._devices,
@@ -161,8 +167,12 @@ class Deployment:
             self._settings if mode == "train" else None,
             optimizers.stages if optimizers else [],
             objective,
-            self._jit_compile,
         )
+        pipeline: Pipeline | Emulation
+        if model.run_eagerly or (self._emulate and mode == "train"):
+            pipeline = Emulation(*parts, run_eagerly=model.run_eagerly)
+        else:
+            pipeline = Pipeline(*parts, jit_compile=self._jit_compile)
         self._built[mode] = Built(
             spec, compiled, trainable, pipeline, optimizers
         )
@@ -176,3 +186,10 @@ class Deployment:
         for metric in self._model.metrics:
             for variable in metric.variables:
                 self._relocation.move(variable, self._devices[-1])
+
+
+def _runner(pipeline: Pipeline | Emulation, pace: Pace) -> Callable:
+    """Returns what runs an epoch, as `Conductor.run` does."""
+    if isinstance(pipeline, Emulation):
+        return functools.partial(pipeline.run, pace)
+    return Conductor(pipeline, pace).run

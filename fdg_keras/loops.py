@@ -281,7 +281,12 @@ class Loop:
         # whatever must come first is waited for by its result.
         ends = tf.nest.flatten([by_weights, by_inputs], expand_composites=True)
         with tf.control_dependencies(ends):
-            updated = self._update(by_weights, then)
+            rest = iter(by_weights)
+            gradients = [
+                next(rest) if has else None
+                for has in self._cut.weight_has_gradient
+            ]
+            updated = self._update(gradients, then)
         with tf.device(self._host), tf.control_dependencies([updated]):
             self._backwards.assign_add(1, read_value=False)
             return tf.identity(waited)

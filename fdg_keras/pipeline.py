@@ -1,6 +1,7 @@
 """All stages with their links and compiled loops, for one kind of batch."""
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -172,13 +173,18 @@ class Pipeline:
         settings = self._settings
         objective = self._objective if stage is self.stages[-1] else None
         if settings is None:
-            return Loop(stage, ports, Update(stage), objective)
+            return Loop(stage, ports, Update(stage.weights), objective)
         k, splits = stage.index, len(self.stages)
         update = Update(
-            stage,
+            stage.weights,
             self._optimizers[k],
             delays.staleness(k, splits, settings.delay, settings.order),
             settings.corrections,
+            functools.partial(
+                tf.function,
+                jit_compile=stage.jit_compile or None,
+                autograph=False,
+            ),
         )
         return Loop(
             stage,

@@ -91,7 +91,7 @@ class Stage:
         masked: list[int] = []
 
         def pure(weights: list, state: list, inputs: list) -> Pure:
-            return self._pure(weights, state, inputs, masked)
+            return self.pure(weights, state, inputs, masked)
 
         def specs(variables: Sequence[keras.Variable]) -> list[tf.TensorSpec]:
             return [tf.TensorSpec(v.shape, v.dtype) for v in variables]
@@ -152,7 +152,7 @@ class Stage:
         """Whether there is any gradient to compute."""
         return self.pair.backward is not None
 
-    def _pure(
+    def pure(
         self, weights: list, state: list, inputs: list, masked: list[int]
     ) -> Pure:
         """The stage as a function; fills `masked` with what carries a mask."""

@@ -18,6 +18,7 @@ from fdg_keras.placement import resolve_devices
 from fdg_keras.slicing import cut_graph, trace_graph
 from fdg_keras.transforms import GradientTransformer
 from fdg_keras.validation import (
+    check_emulation,
     check_model,
     check_settings,
     check_sizes,
@@ -66,6 +67,11 @@ class Trainer:
         corrections: For the staleness of a stage's gradients, in this order:
             `WeightPrediction`, `DelayCompensation`,
             `LearningRateRescheduling`. Default: none.
+        emulate: Train on one device, the first, one stage after the other:
+            the same training as on K devices at the cost of back-propagation,
+            to choose K, delay and shrink before there is a second device.
+            Needs `stash="exact"`. A model compiled with `run_eagerly=True` is
+            trained so in any case, eagerly and in the caller's thread.
 
     Attributes:
         model: The model.
@@ -86,6 +92,7 @@ class Trainer:
         stash: Stash = "exact",
         order: Order = "forward_first",
         corrections: Sequence[Correction] = (),
+        emulate: bool = False,
     ):
         check_settings(delay, stash, order)
         transform = transforms.get(shrink)
@@ -95,11 +102,19 @@ class Trainer:
         warn_if_shrinking_is_futile(transform, model)
         self._graph = graph = trace_graph(model)
         cuts = planning.choose_cuts(graph, splits)
-        names = resolve_devices(devices, len(cuts) + 1)
+        splits = len(cuts) + 1
+        names = (
+            resolve_devices(devices, 1) * splits
+            if emulate
+            else resolve_devices(devices, splits)
+        )
         slices = cut_graph(graph, cuts)
         self.plan = planning.make_plan(graph, slices, names)
         settings = Settings(int(delay), order, stash, transform, corrected)
-        self._deployment = Deployment(model, graph, slices, names, settings)
+        self._deployment = Deployment(
+            model, graph, slices, names, settings, emulate
+        )
+        self._emulate, self._stash = emulate, stash
 
     def fit(
         self,
@@ -133,6 +148,9 @@ class Trainer:
             ValueError: If the data do not fit the model, or are empty.
         """
         check_model(self.model)
+        check_emulation(self.model, self._emulate, self._stash)
+        if self._emulate and verbose:
+            print(f"Emulating {len(self.plan.stages)} stages, one by one.")
         check_sizes(
             batch_size,
             steps_per_epoch,
@@ -339,6 +357,7 @@ def fit(
     stash: Stash = "exact",
     order: Order = "forward_first",
     corrections: Sequence[Correction] = (),
+    emulate: bool = False,
     **kwargs: Any,
 ) -> keras.callbacks.History:
     """Trains `model` in stages: `Trainer(model, ...).fit(...)`.
@@ -353,6 +372,7 @@ def fit(
         stash: See `Trainer`.
         order: See `Trainer`.
         corrections: See `Trainer`.
+        emulate: See `Trainer`.
         **kwargs: As `keras.Model.fit` takes them.
 
     Returns:
@@ -362,6 +382,14 @@ def fit(
         ValueError: As `Trainer` and `Trainer.fit` do.
     """
     trainer = Trainer(
-        model, splits, devices, delay, shrink, stash, order, corrections
+        model,
+        splits,
+        devices,
+        delay,
+        shrink,
+        stash,
+        order,
+        corrections,
+        emulate,
     )
     return trainer.fit(*args, **kwargs)

@@ -2,14 +2,13 @@
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import keras
 import tensorflow as tf
 
 from fdg_keras import _keras
 from fdg_keras.corrections import Correction
-from fdg_keras.stages import Stage
 
 
 class Update:
@@ -18,35 +17,32 @@ class Update:
     Its methods are traced into the stage's compiled loop.
 
     Args:
-        stage: The stage, cut.
-        optimizer: Built on its trainable variables; `None` if not training.
+        variables: The stage's trainable variables.
+        optimizer: Built on them; `None` if not training.
         staleness: How many updates lie between a batch's forward and its own.
         corrections: What to do about that.
+        compiled: Makes of a function what is called in its place.
     """
 
     def __init__(
         self,
-        stage: Stage,
+        variables: Sequence[keras.Variable],
         optimizer: keras.optimizers.Optimizer | None = None,
         staleness: int = 0,
         corrections: Sequence[Correction] = (),
+        compiled: Callable[[Callable], Callable] = tf.function,
     ):
-        has_gradient = stage.pair.weight_has_gradient
-        self._has_gradient = has_gradient
-        self._all = stage.weights
-        self._variables = [v for v, has in zip(self._all, has_gradient) if has]
-        self._storages = [_keras.get_storage(v) for v in self._all]
+        self._variables = list(variables)
+        self._storages = [_keras.get_storage(v) for v in variables]
         self._optimizer = optimizer
-        self._staleness = staleness if stage.has_backward else 0
-        self._corrections = corrections if self._staleness else ()
+        self._staleness = staleness
+        self._corrections = corrections if staleness else ()
         compares = any(c.compares_weights for c in self._corrections)
         #: Of the forward's weights, if they are to be kept until the update.
         self.kept_specs = [
-            tf.TensorSpec(v.shape, v.dtype) for v in self._all if compares
+            tf.TensorSpec(v.shape, v.dtype) for v in variables if compares
         ]
-        self._function = tf.function(
-            self._apply, jit_compile=stage.jit_compile or None, autograph=False
-        )
+        self._function = compiled(self._apply)
 
     def set_learning_rate(self, learning_rate: tf.Tensor) -> None:
         """Sets the rate of the updates that follow, but for a schedule's."""
@@ -74,7 +70,7 @@ class Update:
                 assert self._optimizer is not None
                 weights = list(
                     correction.weights(
-                        weights, self._all, self._optimizer, staleness
+                        weights, self._variables, self._optimizer, staleness
                     )
                 )
         return weights
@@ -94,7 +90,7 @@ class Update:
         """Makes an update.
 
         Args:
-            gradients: For each variable that has one, its gradient.
+            gradients: For each variable its gradient, or `None`.
             then: What was kept of the forward's weights.
 
         Returns:
@@ -103,12 +99,15 @@ class Update:
         return self._function(gradients, list(then))
 
     def _apply(self, gradients: list, then: list) -> tf.Tensor:
-        if self._optimizer is not None and gradients:
-            then = [w for w, has in zip(then, self._has_gradient) if has]
+        has = [i for i, g in enumerate(gradients) if g is not None]
+        if self._optimizer is not None and has:
+            variables = [self._variables[i] for i in has]
+            gradients = [gradients[i] for i in has]
+            then = [then[i] for i in has] if then else []
             for correction in self._corrections:
-                now = [tf.convert_to_tensor(v) for v in self._variables]
+                now = [tf.convert_to_tensor(v) for v in variables]
                 gradients = list(correction.gradients(gradients, now, then))
             with self._rated():
-                self._optimizer.apply(gradients, self._variables)
+                self._optimizer.apply(gradients, variables)
         # What a function returns waits for what it does.
         return tf.constant(True)

@@ -77,11 +77,20 @@ def check_model(model: Any) -> None:
             f"{model.distribute_strategy!r}"
         )
     check_optimizer(model.optimizer)
-    if model.run_eagerly:
+
+
+def check_emulation(model: keras.Model, emulate: bool, stash: str) -> None:
+    """Checks that stages may run one after the other, if they are to.
+
+    Raises:
+        ValueError: If they keep something else than the forward's weights.
+    """
+    if stash != "exact" and (emulate or model.run_eagerly):
+        what = "`emulate=True`" if emulate else "`run_eagerly=True`"
         raise ValueError(
-            "Stages run as compiled loops, so `run_eagerly=True` is not "
-            "supported. Debug with `model.fit`, or compile the model with "
-            "`run_eagerly=False`. Received: run_eagerly=True"
+            f"{what} runs the backward of a batch at once, with the weights of "
+            'its forward. Expected `stash="exact"`. Received: '
+            f"stash={stash!r}"
         )
 
 

@@ -21,6 +21,7 @@ SETTINGS = {
     "stash": "exact",
     "order": "forward_first",
     "corrections": (),
+    "emulate": False,
 }
 
 

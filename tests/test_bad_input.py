@@ -194,14 +194,6 @@ def test_what_is_no_model(model):
         fdg_keras.Trainer(model)
 
 
-def test_eager_mode():
-    model = make_model()
-    model.compile("sgd", "mse", run_eagerly=True)
-    message = r"`run_eagerly=True` is not supported\. Debug with `model.fit`"
-    with pytest.raises(ValueError, match=message):
-        fdg_keras.Trainer(model)
-
-
 def test_norms_over_all_stages():
     model = make_model()
     model.compile(keras.optimizers.SGD(global_clipnorm=1.0), "mse")

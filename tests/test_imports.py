@@ -30,6 +30,7 @@ LADDER = [
     "pipeline",
     "feeding",
     "conductor",
+    "emulation",
     "deployment",
     "hooks",
     "validation",

@@ -1,0 +1,334 @@
+"""Stages one after the other, in one thread: what K devices would compute.
+
+With `stash="exact"` the forward and the backward of a batch use the same
+weights, so both can be run at once; what is late is only the update. An
+emulation runs each batch through all stages, forward and backward, and lets
+stage k apply its gradient d_k batches later: the same training as that of a
+`Pipeline`, on one device, at the cost of back-propagation. Uncompiled, it is
+the way to debug: everything runs eagerly, in the caller's thread.
+"""
+
+import collections
+from collections.abc import Callable, Sequence
+
+import keras
+import tensorflow as tf
+
+from fdg_keras import _keras, delays, transforms
+from fdg_keras.data import Epoch, Spec
+from fdg_keras.feeding import Pace
+from fdg_keras.linearize import is_float
+from fdg_keras.objective import Objective
+from fdg_keras.pipeline import Settings
+from fdg_keras.slicing import Graph, Slice
+from fdg_keras.stages import Boundary, Stage
+from fdg_keras.threads import noting
+from fdg_keras.updates import Update
+
+
+class Emulation:
+    """The stages of a model, run one after the other.
+
+    Args:
+        graph: The model.
+        slices: Its parts.
+        devices: Where they run.
+        spec: Of the batches.
+        settings: How to train; `None` if not training.
+        optimizers: One for each stage; empty if not training.
+        objective: Loss and metrics; `None` hands out the outputs instead.
+        run_eagerly: Whether nothing is compiled.
+    """
+
+    #: There is nothing to be closed, see `Pipeline`.
+    closed = False
+
+    def __init__(
+        self,
+        graph: Graph,
+        slices: Sequence[Slice],
+        devices: Sequence[str],
+        spec: Spec,
+        settings: Settings | None,
+        optimizers: Sequence[keras.optimizers.Optimizer],
+        objective: Objective | None,
+        run_eagerly: bool,
+    ):
+        training = settings is not None
+        self._settings = settings
+        self._stages = [
+            Stage(k, part, device, training, jit_compile=False)
+            for k, (part, device) in enumerate(zip(slices, devices))
+        ]
+        self._objective = objective
+        input_at = {v: i for i, v in enumerate(graph.inputs)}
+        self._feeds = [[input_at[v] for v in part.feeds] for part in slices]
+        self._outputs: collections.deque = collections.deque()
+        self._run_batch = self._batch if run_eagerly else None
+        compiled = _as_it_is if run_eagerly else _compiled
+        splits = len(slices)
+        #: What has not been applied yet: gradients, and the weights then.
+        self._late: list[collections.deque] = [
+            collections.deque() for _ in slices
+        ]
+        self._updates, self._delays = [], []
+        for k, stage in enumerate(self._stages):
+            late = staleness = 0
+            if settings is not None:
+                late = delays.stage_delay(k, splits, settings.delay)
+                staleness = delays.staleness(
+                    k, splits, settings.delay, settings.order
+                )
+            self._delays.append(late)
+            self._updates.append(
+                Update(
+                    stage.weights,
+                    optimizers[k] if optimizers else None,
+                    staleness,
+                    settings.corrections if settings else (),
+                    compiled,
+                )
+            )
+
+    # -- Running --------------------------------------------------------------
+
+    def run(
+        self,
+        pace: Pace,
+        epoch: Epoch,
+        learning_rate: Callable[[], float],
+        begin: Callable[[int], None],
+        end: Callable[[int, dict], bool],
+        until_pause: Callable[[], int | None],
+    ) -> None:
+        """Runs an epoch, and drains: see `Conductor.run`."""
+        more = True
+        while more and not epoch.stopped and epoch.drawn != epoch.limit:
+            epoch.drawn_before = epoch.drawn
+            left = epoch.limit and epoch.limit - epoch.drawn
+            limits = [n for n in (left, until_pause()) if n is not None]
+            limit = min(limits, default=None)
+            self._stream(pace, epoch, limit, learning_rate, begin, end)
+            more = epoch.drawn - epoch.drawn_before == limit
+
+    def _stream(
+        self,
+        pace: Pace,
+        epoch: Epoch,
+        limit: int | None,
+        learning_rate: Callable[[], float],
+        begin: Callable[[int], None],
+        end: Callable[[int, dict], bool],
+    ) -> None:
+        """Runs from one pause to the next, in windows as a pipeline does."""
+        splits = len(self._stages)
+        delay = self._settings.delay if self._settings else 1
+        window = pace.window
+        ahead = delays.windows_ahead(splits, delay, window)
+        # A window that was announced keeps the rate of that moment.
+        rates = collections.deque(learning_rate() for _ in range(ahead - 1))
+        position, last = 0, False
+        try:
+            while not last and (rates or not epoch.stopped):
+                batch = epoch.drawn
+                if not epoch.stopped:
+                    with noting(f"in a callback, before batch {batch}"):
+                        begin(batch)
+                    rates.append(learning_rate())
+                rate = rates.popleft()
+                for update in self._updates:
+                    update.set_learning_rate(tf.constant(rate, tf.float32))
+                stop = min(position + window, limit or position + window)
+                while position < stop and not last:
+                    last = not self._draw(epoch, position)
+                    position += not last
+                last = last or position == limit
+                epoch.drawn = epoch.drawn_before + position
+                ends = last or (epoch.stopped and not rates)
+                if ends:
+                    self._drain(position)
+                if epoch.drawn > batch and not epoch.stopped:
+                    batch = epoch.drawn - 1
+                    with noting(f"in a callback, after batch {batch}"):
+                        epoch.stopped = end(batch, self._results())
+            if not last:
+                self._drain(position)
+        finally:
+            for late in self._late:
+                late.clear()
+
+    def _draw(self, epoch: Epoch, position: int) -> bool:
+        """Runs the next batch; returns whether there was one."""
+        batch = epoch.drawn_before + position
+        with noting(f"drawing batch {batch}"), epoch.original_failure():
+            element = next(epoch.iterator, None)
+        if element is None:
+            return False
+        element = (*element, tf.constant(position, tf.int64))
+        if self._run_batch is None:
+            # Once for all batches, whatever their size.
+            batch_spec = tf.TensorSpec((), tf.int64)
+            specs = (*epoch.iterator.element_spec, batch_spec)
+            self._run_batch = tf.function(
+                self._batch, input_signature=specs, autograph=False
+            )
+        first = self._settings and self._settings.order == "update_first"
+        for k, late in enumerate(self._delays):
+            if first and late:
+                self._update(k, position - late)
+        with noting(f"running batch {batch}"):
+            found = self._run_batch(*element)
+        if self._objective is None:
+            self._outputs.append(found)
+            return True
+        for k, late in enumerate(self._delays):
+            if found:
+                self._late[k].append(found[k])
+            if not (first and late):
+                self._update(k, position - late)
+        return True
+
+    def _drain(self, position: int) -> None:
+        for k, late in enumerate(self._delays):
+            for batch in range(max(position - late, 0), position):
+                self._update(k, batch)
+
+    def _update(self, k: int, batch: int) -> None:
+        """Applies the gradient of a batch in stage k, if there is one."""
+        if batch >= 0 and self._late[k]:
+            gradients, then = self._late[k].popleft()
+            if any(g is not None for g in gradients):
+                with noting(f"in the update of stage {k}"):
+                    self._updates[k](gradients, then)
+
+    def _results(self) -> dict:
+        return {} if self._objective is None else self._objective.results()
+
+    def output(self) -> list[tf.Tensor]:
+        """Returns the outputs of the next batch, for `predict`."""
+        return self._outputs.popleft()
+
+    def forget_outputs(self) -> None:
+        """Drops what nobody has taken, because predicting was stopped."""
+        self._outputs.clear()
+
+    # -- One batch ------------------------------------------------------------
+
+    def _batch(
+        self, inputs: Sequence[tf.Tensor], targets: Sequence, batch: tf.Tensor
+    ) -> list:
+        """Runs a batch through all stages.
+
+        Returns:
+            For each stage its gradients by the weights (`None` where there is
+            none) and what is kept of the weights; the outputs of the model if
+            there is no objective; nothing if not training.
+        """
+        passes: list[_Pass] = []
+        received: list[tf.Tensor] = []
+        own: list[tf.Tensor] = []
+        incoming = Boundary()
+        for stage, update, at in zip(self._stages, self._updates, self._feeds):
+            stage.incoming = incoming
+            feeds = [inputs[i] for i in at]
+            with noting(f"in the forward of stage {stage.index}"):
+                one = _Pass(stage, update, batch, feeds, received)
+            passes.append(one)
+            own += one.own_losses
+            received = one.outputs
+            incoming = Boundary(stage.slice.sends, tuple(one.masked))
+        if self._objective is None:
+            return received
+        final = self._stages[-1]
+        gradients = self._objective.update(
+            _masked(final, passes[-1]),
+            tf.add_n(own) if own else None,
+            targets,
+            final.training,
+        )
+        if self._settings is None:
+            return []
+        found: list = []
+        for one in reversed(passes):
+            with noting(f"in the backward of stage {one.stage.index}"):
+                by_weights, gradients = one.backward(gradients)
+            found.insert(0, (by_weights, one.then))
+            gradients = self._hop(gradients)
+        return found
+
+    def _hop(self, gradients: list) -> list:
+        """Returns gradients as they are after a link."""
+        assert self._settings is not None
+        present = [g for g in gradients if g is not None]
+        if present:
+            present = transforms.apply(self._settings.transform, present)
+        rest = iter(present)
+        return [None if g is None else next(rest) for g in gradients]
+
+
+class _Pass:
+    """The forward of a stage, and the backward that belongs to it."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        update: Update,
+        batch: tf.Tensor,
+        feeds: list[tf.Tensor],
+        received: list[tf.Tensor],
+    ):
+        self.stage = stage
+        self._weights = update.forward_weights(batch)
+        self._received = received[: len(stage.incoming.values)]
+        self.then = self._weights if update.kept_specs else []
+        self.masked: list[int] = []
+        state = [_keras.get_storage(v) for v in stage.state]
+        before = [s.read_value() for s in state]
+        with tf.device(stage.device), tf.GradientTape() as self._tape:
+            watched = [*self._weights, *self._received]
+            self._tape.watch([t for t in watched if is_float(t)])
+            result = stage.pure(
+                self._weights, before, [*feeds, *received], self.masked
+            )
+            self.outputs = [tf.identity(t) for t in result.outputs]
+        self.own_losses = result.own_losses
+        for variable, old, new in zip(state, before, result.new_state):
+            if new is not old:
+                variable.assign(new)
+
+    def backward(self, gradients: list) -> tuple[list, list]:
+        """Returns gradients by the weights and by what was received."""
+        outputs = self.outputs[: len(gradients)]
+        targets = [
+            (t, g) for t, g in zip(outputs, gradients) if g is not None
+        ] + [(t, tf.ones_like(t)) for t in self.own_losses]
+        if not targets:
+            return [None] * len(self._weights), [None] * len(self._received)
+        sources = [*self._weights, *(r for r in self._received if is_float(r))]
+        with tf.device(self.stage.device):
+            found = self._tape.gradient(
+                [t for t, _ in targets],
+                sources,
+                output_gradients=[g for _, g in targets],
+            )
+        by_inputs = iter(found[len(self._weights) :])
+        return found[: len(self._weights)], [
+            next(by_inputs) if is_float(r) else None for r in self._received
+        ]
+
+
+def _masked(stage: Stage, one: _Pass) -> list[tf.Tensor]:
+    """Returns the model's outputs; loss and metrics heed their masks."""
+    sends = stage.slice.sends
+    values, masks = one.outputs[: len(sends)], one.outputs[len(sends) :]
+    for value, mask in zip(one.masked, masks):
+        _keras.set_mask(values[sends.index(value)], mask)
+    return values
+
+
+def _as_it_is(function: Callable) -> Callable:
+    return function
+
+
+def _compiled(function: Callable) -> Callable:
+    return tf.function(function, autograph=False)
