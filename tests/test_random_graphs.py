@@ -1,0 +1,174 @@
+"""Models and cuts that nobody thought of.
+
+Recipes of `graphs.py`, cut anywhere. In a usual run 174 models are sliced and
+run eagerly, 21 are trained without delay and 5 with a delay: 200 in all. With
+`--hypothesis-profile=fuzz`, as in `scripts/fuzz.sh`, each of the first two
+properties sees as many examples as that profile says, and the third a quarter.
+"""
+
+from typing import Any
+
+import graphs
+import keras
+import numpy as np
+import pytest
+import reference
+import tensorflow as tf
+import zoo
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from matching import assert_same_weights
+
+import fdg_keras
+from fdg_keras import _keras
+from fdg_keras.planning import Plan, make_plan
+from fdg_keras.slicing import Graph, cut_graph, trace_graph
+
+pytestmark = [
+    pytest.mark.slow,
+    # What does not support masks drops them, in the model as in its slices.
+    pytest.mark.filterwarnings("ignore:.*does not support masking"),
+    # Of layers before integers or comparisons, in both trainings.
+    pytest.mark.filterwarnings("ignore:Gradients do not exist"),
+]
+
+#: Which of the legal cuts; few, because each stage takes its time to trace.
+cuts = st.lists(st.integers(0, 50), min_size=1, max_size=3)
+
+
+def examples(usual: int, share: int = 1) -> Any:
+    """Settings with the examples of a usual run, or of the profile `fuzz`."""
+    if settings.default == settings.get_profile("fuzz"):
+        usual = max(1, settings.default.max_examples // share)
+    # Without looking for a smaller example of a failure, and without looking
+    # into it: either would take many times as long as finding it.
+    return settings(max_examples=usual, phases=list(Phase)[:3])
+
+
+def legal(graph: Graph, cuts: list[int]) -> list[int]:
+    """Returns legal cut positions that the drawn numbers stand for."""
+    found = graph.legal_cuts()
+    return sorted({found[-1 - i % len(found)] for i in cuts}) if found else []
+
+
+def plan(model: keras.Model, cuts: list[int]) -> Plan:
+    """Returns a plan with these cuts, which have no names if not of layers."""
+    graph = trace_graph(model)
+    slices = cut_graph(graph, legal(graph, cuts))
+    return make_plan(graph, slices, ["CPU:0"] * len(slices))
+
+
+def tensors(x: Any) -> Any:
+    return keras.tree.map_structure(tf.convert_to_tensor, x)
+
+
+def sent(tensor: tf.Tensor) -> tf.Tensor:
+    """Returns a copy, as it arrives at the next stage, with its mask."""
+    copy = tf.identity(tensor)
+    mask = _keras.get_mask(tensor)
+    if mask is not None:
+        _keras.set_mask(copy, tf.identity(mask))
+    return copy
+
+
+def run_slices(graph: Graph, cuts: list[int], x: Any, training: bool) -> Any:
+    """Runs the slices one after another, each with what crosses its cut."""
+    flat = _keras.standardize_inputs(graph.functional, x)
+    values = dict(zip(graph.inputs, flat))
+    received: dict[int, tf.Tensor] = {}
+    for part in cut_graph(graph, cuts):
+        assert sorted(received) == sorted(part.receives)
+        local = {v: sent(values[v]) for v in part.feeds} | received
+        part.run(local, training)
+        received = {v: sent(local[v]) for v in part.sends}
+    outputs = [received[v] for v in graph.outputs]
+    return _keras.pack_outputs(graph.functional, outputs)
+
+
+@examples(174)
+@given(graphs.recipes(), cuts, st.booleans())
+def test_slices_compute_what_the_model_does(recipe, cuts, training):
+    """Outputs, and the variables that a forward updates."""
+    whole, sliced = graphs.build(recipe), graphs.build(recipe)
+    graph = trace_graph(sliced.model)
+    x = tensors(whole.x)
+    wanted = whole.model(x, training=training)
+    found = run_slices(graph, legal(graph, cuts), x, training)
+    keras.tree.assert_same_structure(found, wanted)
+    for a, b in zip(keras.tree.flatten(found), keras.tree.flatten(wanted)):
+        assert np.isfinite(b).all(), "the model is no good example"
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+        masks = [_keras.get_mask(t) for t in (a, b)]
+        assert [m is None for m in masks] in ([True] * 2, [False] * 2)
+        if masks[0] is not None:
+            np.testing.assert_array_equal(*masks)
+    assert_same_weights(sliced.model, whole.model)
+
+
+OPTIMIZERS = {
+    "sgd": lambda: keras.optimizers.SGD(0.05, momentum=0.9),
+    # A large epsilon: a gradient that is zero but for rounding stays small.
+    "adam": lambda: keras.optimizers.Adam(0.01, epsilon=0.01),
+}
+optimizers = st.sampled_from(sorted(OPTIMIZERS))
+
+
+def make_trainer(
+    case: zoo.Case, cuts: list[int], optimizer: str, delay: int
+) -> fdg_keras.Trainer:
+    case.model.compile(OPTIMIZERS[optimizer](), case.loss)
+    return fdg_keras.Trainer(case.model, plan(case.model, cuts), delay=delay)
+
+
+def fit(fitted: Any, case: zoo.Case) -> dict[str, list[float]]:
+    return fitted.fit(
+        case.x,
+        case.y,
+        batch_size=graphs.BATCH_SIZE,
+        shuffle=False,
+        verbose=0,
+    ).history
+
+
+@examples(21)
+@given(graphs.recipes(), cuts, optimizers)
+def test_without_delay_it_is_model_fit(recipe, cuts, optimizer):
+    case, expected = graphs.build(recipe), graphs.build(recipe)
+    trainer = make_trainer(case, cuts, optimizer, delay=0)
+    # Eagerly, which takes less time than compiling for so few batches.
+    expected.model.compile(
+        OPTIMIZERS[optimizer](), expected.loss, run_eagerly=True
+    )
+    found, wanted = fit(trainer, case), fit(expected.model, expected)
+    assert_same_weights(case.model, expected.model)
+    # Eagerly, Keras weighs the losses of single outputs in another way.
+    np.testing.assert_allclose(
+        found["loss"], wanted["loss"], rtol=1e-5, atol=1e-6
+    )
+
+
+@examples(5, share=4)
+@given(graphs.recipes(), cuts, optimizers)
+def test_with_delay_it_is_the_reference(recipe, cuts, optimizer):
+    """Through the stages the trained model predicts what it does at home."""
+    case, expected = graphs.build(recipe), graphs.build(recipe)
+    trainer = make_trainer(case, cuts, optimizer, delay=2)
+    history = fit(trainer, case)
+    x, y = expected.x, keras.tree.flatten(expected.y)
+    result = reference.train(
+        expected.model,
+        [stage.layers for stage in trainer.plan.stages],
+        reference.split_batches(graphs.BATCH_SIZE, x, y),
+        keras.tree.flatten(expected.loss),
+        OPTIMIZERS[optimizer](),
+        delay=2,
+    )
+    assert_same_weights(case.model, expected.model)
+    np.testing.assert_allclose(
+        history["loss"], result.epoch_losses, rtol=1e-5, atol=1e-6
+    )
+    found = trainer.predict(case.x, graphs.BATCH_SIZE, verbose=0)
+    wanted = case.model(tensors(case.x), training=False)
+    keras.tree.assert_same_structure(found, wanted)
+    for a, b in zip(keras.tree.flatten(found), keras.tree.flatten(wanted)):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
