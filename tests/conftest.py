@@ -27,6 +27,15 @@ hypothesis.settings.register_profile(
     "repeatable", deadline=None, derandomize=True, database=None
 )
 hypothesis.settings.register_profile("explore", deadline=None)
+# For `scripts/fuzz.sh`, with the number of examples from there.
+hypothesis.settings.register_profile(
+    "fuzz",
+    deadline=None,
+    print_blob=True,
+    max_examples=int(os.environ.get("FDG_FUZZ_EXAMPLES") or 2000),
+    # The first model may take longer to make than all that follow.
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
 hypothesis.settings.load_profile("repeatable")
 
 
