@@ -192,7 +192,9 @@ class _Making:
         if kind == "plain":
             return a
         if kind == "values":
-            return layers.Dense(2, name=name)(ops.tanh(a))
+            # A layer, because operations lose the mask that the loss heeds.
+            small = self.layer(layers.Activation, "tanh")(a)
+            return layers.Dense(2, name=name)(small)
         vector = ops.tanh(self.as_rank(VECTOR, a))
         return layers.Dense(CLASSES, name=name)(vector)
 
