@@ -8,7 +8,8 @@ metrics in History, too.
 By default the multilayer perceptron sees every pair of the values in `grid.py`
 (say delay 3 with Adam), the four other standard models do so together, and the
 models that are hard to slice see one setting each. With `FDG_FULL=1` in the
-environment every model sees all 128 settings; that takes more than an hour.
+environment every model sees all settings that differ, 86 each: K in 1 to 4,
+delay in 0 to 3, both orders, shrink 1 and 0.5, both optimizers.
 """
 
 import itertools
@@ -26,7 +27,6 @@ from grid import (
     ORDERS,
     SHRINKS,
     Setting,
-    complete,
     covering,
     distinct,
     pairwise,
@@ -131,7 +131,7 @@ def check(name, setting):
 
 
 @pytest.mark.parametrize(
-    "setting", complete() if FULL else covering(distinct(), 2), ids=str
+    "setting", distinct() if FULL else covering(distinct(), 2), ids=str
 )
 def test_mlp_equals_the_reference(setting):
     check("mlp", setting)
@@ -139,7 +139,7 @@ def test_mlp_equals_the_reference(setting):
 
 @pytest.mark.parametrize(
     ("name", "setting"),
-    list(itertools.product(STANDARD + SHAPES, complete()))
+    list(itertools.product(STANDARD + SHAPES, distinct()))
     if FULL
     else settings(STANDARD, (2, 3, 4), (1, 2, 3), *RULES)
     + [
