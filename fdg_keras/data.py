@@ -102,7 +102,12 @@ class Batches:
         return self._steps_per_epoch or self._length
 
     def reset(self) -> None:
-        """Lets the next epoch begin with the first batch."""
+        """Lets the next epoch begin with the first batch.
+
+        A `PyDataset` is told that an epoch has ended, as Keras tells it before
+        `fit` and `evaluate` begin: one that shuffles then has done so.
+        """
+        self._adapter.on_epoch_end()
         self._iterator = None
 
     @contextlib.contextmanager

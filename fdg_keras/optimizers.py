@@ -141,6 +141,8 @@ class StageOptimizers:
         config = _keras.config_of(self._whole)
         with tf.device(device):
             optimizer = type(self._whole).from_config(config)
+            # Stages do not scale the loss, so there is nothing to undo.
+            optimizer.loss_scale_factor = None
             slots = _keras.record_slots(optimizer, variables)
         excluded = [v for v in variables if id(v) in self._undecayed]
         if excluded:

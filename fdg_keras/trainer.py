@@ -182,6 +182,7 @@ class Trainer:
             validation_steps,
             validation_batch_size or batch_size,
         )
+        batches.reset()
         with self._deployment:
             # Slots exist and are in place before callbacks look at them.
             self._deployment.build("train", batches.spec)

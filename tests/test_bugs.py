@@ -323,3 +323,56 @@ def test_many_trainers_are_no_reason_to_warn(caplog):
         model.compile("sgd", "mse")
         fdg_keras.fit(model, np.ones((8, 2)), np.ones((8, 1)), verbose=0)
     assert "retracing" not in caplog.text
+
+
+def test_gradients_of_a_scaled_loss_are_not_divided_by_what_nobody_applied():
+    """With `loss_scale_factor` all gradients were too small by that factor.
+
+    Keras' step multiplies the loss by it and its optimizer divides gradients
+    by it. Stages did the second and not the first.
+    """
+    weights = []
+    for factor in (None, 1024.0):
+        keras.utils.set_random_seed(0)
+        model = small_model(
+            optimizer=keras.optimizers.SGD(0.1, loss_scale_factor=factor)
+        )
+        quiet_fit(fdg_keras.Trainer(model, 2))
+        weights.append(model.get_weights())
+        assert model.optimizer.loss_scale_factor == factor
+    for a, b in zip(*weights):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_py_dataset_that_shuffles_has_the_order_of_model_fit():
+    """Keras says `on_epoch_end` before the first epoch, too, to start afresh.
+
+    A data set that shuffles then was one shuffle behind in every epoch.
+    """
+
+    class Shuffled(keras.utils.PyDataset):
+        def __init__(self):
+            super().__init__()
+            self.random = np.random.RandomState(0)
+            self.order, self.orders = list(range(6)), []
+
+        def __len__(self):
+            return 6
+
+        def __getitem__(self, index):
+            rows = slice(4 * self.order[index], 4 * self.order[index] + 4)
+            return tuple(a[rows] for a in small_data())
+
+        def on_epoch_begin(self):
+            self.orders.append(list(self.order))
+
+        def on_epoch_end(self):
+            self.random.shuffle(self.order)
+
+    model, orders = small_model(), []
+    for fitted in (fdg_keras.Trainer(model, 2), model):
+        data, validation = Shuffled(), Shuffled()
+        fitted.fit(data, validation_data=validation, epochs=2, verbose=0)
+        fitted.evaluate(data, verbose=0)
+        orders.append((data.orders, validation.orders))
+    assert orders[0] == orders[1]
