@@ -164,7 +164,7 @@ class Stage:
         masks = received[len(self.incoming.values) :]
         for value, mask in zip(self.incoming.masked, masks):
             _keras.set_mask(values[value], mask)
-        scope = keras.StatelessScope(
+        scope = _Scope(
             list(zip(variables, [*weights, *state])), collect_losses=True
         )
         before = [scope.get_current_value(v) for v in variables]
@@ -215,6 +215,21 @@ class Stage:
         """The first and last layer, for people to read."""
         first, last = self.slice.nodes[0].name, self.slice.nodes[-1].name
         return f"layers {first!r} to {last!r}"
+
+
+class _Scope(keras.StatelessScope):
+    """A scope in which assigning to a variable cuts off the gradient.
+
+    As in TensorFlow, where a variable that is read has forgotten what its
+    value was computed from.
+    """
+
+    def add_update(self, update: tuple) -> None:
+        variable, value = update
+        # That of a weight is refused if it changes the weight.
+        if not variable.trainable:
+            value = tf.stop_gradient(value)
+        super().add_update((variable, value))
 
 
 def _scalar(loss: tf.Tensor) -> tf.Tensor:

@@ -376,3 +376,32 @@ def test_a_py_dataset_that_shuffles_has_the_order_of_model_fit():
         fitted.evaluate(data, verbose=0)
         orders.append((data.orders, validation.orders))
     assert orders[0] == orders[1]
+
+
+@pytest.mark.parametrize("stash", ["exact", "current", "replay"])
+def test_there_is_no_gradient_through_state_that_was_assigned(stash):
+    """A layer that reads its running mean anew had another gradient.
+
+    What was assigned is a tensor while a stage is traced, and the gradient
+    went on through it to the layer's inputs.
+    """
+
+    class Centre(keras.layers.Layer):
+        def build(self, shape):
+            self.mean = self.add_weight(shape=shape[-1:], trainable=False)
+
+        def call(self, x):
+            self.mean.assign(0.5 * keras.ops.mean(x, axis=0))
+            return x - self.mean
+
+    weights = []
+    for staged in (True, False):
+        keras.utils.set_random_seed(0)
+        model = small_model(Centre())
+        if staged:
+            quiet_fit(fdg_keras.Trainer(model, 2, delay=0, stash=stash))
+        else:
+            quiet_fit(model)
+        weights.append(model.get_weights())
+    for a, b in zip(*weights):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
