@@ -81,7 +81,7 @@ TABLE = """
 mlp            2 shuffled   sgd        checkpoint
 mlp            2 classes    adagrad    csv
 mlp            2 split      rmsprop    plateau
-mlp            3 tensors    momentum   best       yes
+mlp            3 tensors    lamb       best       yes
 mlp            2 done       sgd        csv
 plain_mlp      3 turning    muon       none
 plain_mlp      1 val-steps  adafactor  scheduler
@@ -96,7 +96,7 @@ conv           2 workers    momentum   shrink     yes
 gru            2 unknown    adadelta   stopping
 gru            2 weights    nadam      csv        yes
 attention      2 generator  adamw      backup
-raw_operations 2 dataset    lamb       none       yes
+raw_operations 2 dataset    lamb       none
 two_inputs     2 val-list   adamax     plateau
 two_inputs     3 dataset    decay      none
 named          2 arrays     cosine     board-b
