@@ -325,11 +325,19 @@ def profiles(callback: keras.callbacks.TensorBoard) -> bool:
 # -- Callbacks ----------------------------------------------------------------
 
 
+#: Callbacks that save the model every `save_freq` batches, or every epoch.
+SAVING = (
+    keras.callbacks.ModelCheckpoint,
+    keras.callbacks.BackupAndRestore,
+    keras.callbacks.OrbaxCheckpoint,
+)
+
+
 def batches_until_save(callback: Any, batch: int, window: int) -> int | None:
     """Returns after how many more batches of an epoch a callback saves.
 
     Private: `_batches_seen_since_last_saving` and `_last_batch_seen` of
-    `ModelCheckpoint` and `BackupAndRestore`.
+    `ModelCheckpoint`, `BackupAndRestore` and `OrbaxCheckpoint`.
 
     Args:
         callback: Any callback.
@@ -339,8 +347,7 @@ def batches_until_save(callback: Any, batch: int, window: int) -> int | None:
     Returns:
         `None` if it does not save in the midst of an epoch.
     """
-    kinds = (keras.callbacks.ModelCheckpoint, keras.callbacks.BackupAndRestore)
-    if not isinstance(callback, kinds) or callback.save_freq == "epoch":
+    if not isinstance(callback, SAVING) or callback.save_freq == "epoch":
         return None
     seen = callback._batches_seen_since_last_saving
     last = callback._last_batch_seen

@@ -147,11 +147,7 @@ def _acts_on_epochs_only(callback: keras.callbacks.Callback) -> bool:
     """Whether a callback of Keras' overrides batch hooks without need."""
     if isinstance(callback, keras.callbacks.ProgbarLogger):
         return True
-    per_epoch = (
-        keras.callbacks.ModelCheckpoint,
-        keras.callbacks.BackupAndRestore,
-    )
-    if isinstance(callback, per_epoch):
+    if isinstance(callback, _keras.SAVING):
         return callback.save_freq == "epoch"
     if isinstance(callback, keras.callbacks.TensorBoard):
         return callback.update_freq == "epoch" and not _keras.profiles(callback)

@@ -36,6 +36,12 @@ def check_optimizer(optimizer: Any) -> None:
             "`mixed_bfloat16` policy, which needs no scale. Received: "
             f"{optimizer!r}"
         )
+    if isinstance(optimizer, keras.optimizers.MultiOptimizer):
+        raise ValueError(
+            "`MultiOptimizer` is not supported: its optimizers would have to "
+            "be split into those of the stages one by one. Compile the model "
+            f"with one optimizer. Received: {optimizer!r}"
+        )
     if getattr(optimizer, "global_clipnorm", None) is not None:
         raise ValueError(
             "`global_clipnorm` needs the gradients of all stages at once, and "

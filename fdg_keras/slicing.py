@@ -48,11 +48,16 @@ class Node:
 
     @property
     def variables(self) -> list[keras.Variable]:
-        """All variables of the operation: weights, seeds and metrics."""
-        if not isinstance(self.operation, keras.layers.Layer):
+        """All variables of the operation: weights, seeds, metrics, states."""
+        layer = self.operation
+        if not isinstance(layer, keras.layers.Layer):
             return []
-        metrics = [v for m in self.operation.metrics for v in m.variables]
-        return list(self.operation.variables) + metrics
+        metrics = [v for m in layer.metrics for v in m.variables]
+        # Keras does not count the states of a stateful RNN as its variables.
+        states = getattr(layer, "states", None) or []
+        stateful = getattr(layer, "stateful", False)
+        kept = keras.tree.flatten(states) if stateful else []
+        return [*layer.variables, *metrics, *kept]
 
 
 @dataclass

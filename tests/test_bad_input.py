@@ -205,6 +205,14 @@ def test_norms_over_all_stages():
         fdg_keras.Trainer(model)
 
 
+def test_several_optimizers():
+    model = make_model()
+    each = keras.optimizers.OptimizerMap(keras.optimizers.SGD(0.1))
+    model.compile(keras.optimizers.MultiOptimizer(each), "mse")
+    with pytest.raises(ValueError, match="`MultiOptimizer` is not supported"):
+        fdg_keras.Trainer(model)
+
+
 def test_loss_scaling():
     model = make_model()
     scaled = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD())
@@ -217,8 +225,8 @@ def test_loss_scaling():
 def test_a_model_that_was_compiled_anew_in_a_bad_way():
     """Between making the trainer and using it."""
     trainer = make_trainer()
-    trainer.model.compile("sgd", "mse", run_eagerly=True)
-    with pytest.raises(ValueError, match="`run_eagerly=True` is not supported"):
+    trainer.model.compile(keras.optimizers.SGD(global_clipnorm=1.0), "mse")
+    with pytest.raises(ValueError, match="`global_clipnorm` needs"):
         trainer.fit(X, Y)
 
 

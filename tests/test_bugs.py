@@ -405,3 +405,27 @@ def test_there_is_no_gradient_through_state_that_was_assigned(stash):
         weights.append(model.get_weights())
     for a, b in zip(*weights):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_stateful_rnn():
+    """Its states are no variables of the layer, says Keras: they were lost."""
+    x = np.random.RandomState(0).rand(20, 3, 2).astype("float32")
+    y = x.sum(axis=(1, 2), keepdims=True)[:, 0]
+    trained = []
+    for train in (keras.Model.fit, functools.partial(fdg_keras.fit, delay=0)):
+        keras.utils.set_random_seed(1)
+        model = keras.Sequential(
+            [
+                keras.Input(batch_shape=(5, 3, 2)),
+                keras.layers.LSTM(4, stateful=True, return_sequences=True),
+                keras.layers.GRU(3, stateful=True),
+                keras.layers.Dense(1),
+            ]
+        )
+        model.compile("sgd", "mse")
+        train(model, x, y, batch_size=5, shuffle=False, verbose=0, epochs=2)
+        states = keras.tree.flatten([r.states for r in model.layers[:2]])
+        trained.append([*model.get_weights(), *map(np.array, states)])
+    for found, wanted in zip(*trained, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-7)
+    assert np.abs(trained[0][-1]).max() > 0.01

@@ -446,6 +446,26 @@ def test_scaled_learning_rate(rate):
     np.testing.assert_allclose(variable, [0.9, -0.9], rtol=1e-6)
 
 
+@pytest.mark.parametrize("kind", _keras.SAVING)
+def test_batches_until_save(kind, tmp_path):
+    """Where it says so, and nowhere else, does the callback save."""
+    try:
+        callback = kind(str(tmp_path / "at.keras"), save_freq=5)
+    except ImportError as error:
+        pytest.skip(str(error))
+    for batches, window in ((7, 1), (4, 1), (9, 1), (8, 2), (8, 2)):
+        promised = _keras.batches_until_save(callback, 0, window)
+        for batch in range(window - 1, batches, window):
+            saves = callback._should_save_on_batch(batch)
+            assert saves == (batch + 1 == promised)
+            if saves:
+                until = _keras.batches_until_save(callback, batch + 1, window)
+                promised = batch + 1 + until
+    callback.save_freq = "epoch"
+    assert _keras.batches_until_save(callback, 0, 1) is None
+    assert _keras.batches_until_save(keras.callbacks.Callback(), 0, 1) is None
+
+
 # -- Data ---------------------------------------------------------------------
 
 
