@@ -97,14 +97,8 @@ class Conductor:
         """
         self.usage = [Usage() for _ in self._pipeline.stages]
         self._pace.start()
-        more = True
-        while more and not epoch.stopped and epoch.drawn != epoch.limit:
-            epoch.drawn_before = epoch.drawn
-            left = epoch.limit and epoch.limit - epoch.drawn
-            limits = [n for n in (left, until_pause()) if n is not None]
-            limit = min(limits, default=None)
+        for limit in epoch.stretches(until_pause):
             self._run(epoch, limit, learning_rate, begin, end)
-            more = epoch.drawn - epoch.drawn_before == limit
 
     def _run(
         self,

@@ -7,7 +7,7 @@ need and pulled into their links by a compiled loop, in the feeder's thread.
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -188,6 +188,26 @@ class Epoch:
     drawn: int = 0
     drawn_before: int = 0
     stopped: bool = False
+
+    def stretches(
+        self, until_pause: Callable[[], int | None]
+    ) -> Iterator[int | None]:
+        """Divides the epoch where all stages are to drain.
+
+        Args:
+            until_pause: Says after how many more batches that is.
+
+        Yields:
+            How many batches to run at most, `None` for all there are.
+        """
+        more = True
+        while more and not self.stopped and self.drawn != self.limit:
+            self.drawn_before = self.drawn
+            left = self.limit and self.limit - self.drawn
+            limits = [n for n in (left, until_pause()) if n is not None]
+            limit = min(limits, default=None)
+            yield limit
+            more = self.drawn - self.drawn_before == limit
 
     @contextlib.contextmanager
     def original_failure(self) -> Iterator[None]:

@@ -102,14 +102,8 @@ class Emulation:
         until_pause: Callable[[], int | None],
     ) -> None:
         """Runs an epoch, and drains: see `Conductor.run`."""
-        more = True
-        while more and not epoch.stopped and epoch.drawn != epoch.limit:
-            epoch.drawn_before = epoch.drawn
-            left = epoch.limit and epoch.limit - epoch.drawn
-            limits = [n for n in (left, until_pause()) if n is not None]
-            limit = min(limits, default=None)
+        for limit in epoch.stretches(until_pause):
             self._stream(pace, epoch, limit, learning_rate, begin, end)
-            more = epoch.drawn - epoch.drawn_before == limit
 
     def _stream(
         self,
@@ -241,7 +235,7 @@ class Emulation:
             return received
         final = self._stages[-1]
         gradients = self._objective.update(
-            _masked(final, passes[-1]),
+            final.with_masks(passes[-1].outputs, passes[-1].masked),
             tf.add_n(own) if own else None,
             targets,
             final.training,
@@ -315,15 +309,6 @@ class _Pass:
         return found[: len(self._weights)], [
             next(by_inputs) if is_float(r) else None for r in self._received
         ]
-
-
-def _masked(stage: Stage, one: _Pass) -> list[tf.Tensor]:
-    """Returns the model's outputs; loss and metrics heed their masks."""
-    sends = stage.slice.sends
-    values, masks = one.outputs[: len(sends)], one.outputs[len(sends) :]
-    for value, mask in zip(one.masked, masks):
-        _keras.set_mask(values[sends.index(value)], mask)
-    return values
 
 
 def _as_it_is(function: Callable) -> Callable:

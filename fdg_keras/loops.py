@@ -218,7 +218,7 @@ class Loop:
         gradients: list[tf.Tensor | None] = []
         if self._objective is not None:
             gradients = self._objective.update(
-                self._masked(outputs),
+                stage.with_masks(outputs, stage.outgoing.masked),
                 own_loss[0] if own_loss else None,
                 targets,
                 stage.training,
@@ -234,16 +234,6 @@ class Loop:
         ):
             done.append(self._forwards.assign_add(1, read_value=False))
         return waited, (stash, gradients), done
-
-    def _masked(self, outputs: list[tf.Tensor]) -> list[tf.Tensor]:
-        """Returns the model's outputs; loss and metrics heed their masks."""
-        sends = self._stage.slice.sends
-        values, masks = outputs[: len(sends)], outputs[len(sends) :]
-        mask_of = dict(zip(self._stage.outgoing.masked, masks))
-        for value, tensor in zip(sends, values):
-            if value in mask_of:
-                _keras.set_mask(tensor, mask_of[value])
-        return values
 
     def _backward(
         self, kept: tuple[list, list] = ([], []), after: Sequence = ()

@@ -210,6 +210,20 @@ class Stage:
                     "Make the variable non-trainable, or take the layer out."
                 )
 
+    def with_masks(
+        self, outputs: Sequence[tf.Tensor], masked: Sequence[int]
+    ) -> list[tf.Tensor]:
+        """Returns the sent tensors, each with its mask, as Keras' losses want.
+
+        Args:
+            outputs: What `pure` made: the sent tensors, then their masks.
+            masked: Which of them have one.
+        """
+        tensors = dict(zip(self.slice.sends, outputs))
+        for value, mask in zip(masked, outputs[len(self.slice.sends) :]):
+            _keras.set_mask(tensors[value], mask)
+        return list(outputs[: len(self.slice.sends)])
+
     @property
     def span(self) -> str:
         """The first and last layer, for people to read."""
