@@ -10,7 +10,7 @@ flight.
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ _DRAINED = object()
 
 # Once training was stopped, a data set that blocks is waited for so long, and
 # looked at so often.
-_PATIENCE_S = 1.5
+_BLOCKS_S = 1.5
 _GLANCE_S = 0.25
 
 
@@ -110,30 +110,25 @@ class Conductor:
     ) -> None:
         """Runs from one pause to the next, in threads of its own."""
         for loop in self._pipeline.loops:
-            loop.reset()
+            loop.reset(epoch.drawn_before)
         inboxes = [Inbox() for _ in self._pipeline.stages]
         feeder = Feeder(self._pipeline, self._pace, epoch, limit, inboxes)
-        crew = Crew(self._pipeline.close)
+
+        def release() -> None:
+            feeder.close()
+            for inbox in inboxes:
+                inbox.close()
+            self._pipeline.close()
+
+        crew = Crew(release)
         try:
-            with crew:
-                try:
-                    # A data set may block for as long as it likes.
-                    crew.start("fdg-feeder", feeder.run, may_be_left=True)
-                    for k, inbox in enumerate(inboxes):
-                        work = self._worker(crew, k, inbox, feeder)
-                        crew.start(f"fdg-stage-{k}", work)
-                    self._announce(
-                        crew, feeder, epoch, learning_rate, begin, end
-                    )
-                except KeyboardInterrupt as error:
-                    error.add_note(
-                        f"Interrupted in this epoch: {self._where()}."
-                    )
-                    raise
-                finally:
-                    feeder.close()
-                    for inbox in inboxes:
-                        inbox.close()
+            with crew, self._noting_interrupts():
+                # A data set may block for as long as it likes.
+                crew.start("fdg-feeder", feeder.run, may_be_left=True)
+                for k, inbox in enumerate(inboxes):
+                    work = self._worker(crew, k, inbox, feeder)
+                    crew.start(f"fdg-stage-{k}", work)
+                self._announce(crew, feeder, epoch, learning_rate, begin, end)
         finally:
             # All is compiled still, and only the links are closed. A thread
             # that was left behind must find them closed when it comes to.
@@ -194,17 +189,23 @@ class Conductor:
             try:
                 return crew.receive(_GLANCE_S if epoch.stopped else None)
             except TimeoutError:
-                if feeder.draws_since() > _PATIENCE_S:
+                if feeder.draws_since() > _BLOCKS_S:
                     # Nobody wants these batches: end with those that came.
                     feeder.give_up()
                     crew.leave()
 
-    def _where(self) -> str:
-        """Says what each stage is doing."""
-        loops = self._pipeline.loops
-        return "; ".join(
-            f"stage {k} at {loop.position()}" for k, loop in enumerate(loops)
-        )
+    @contextlib.contextmanager
+    def _noting_interrupts(self) -> Iterator[None]:
+        """Adds a note to Ctrl-C that says what each stage was doing."""
+        try:
+            yield
+        except KeyboardInterrupt as error:
+            where = "; ".join(
+                f"stage {k} at {loop.position()}"
+                for k, loop in enumerate(self._pipeline.loops)
+            )
+            error.add_note(f"Interrupted in this epoch: {where}.")
+            raise
 
     def _ahead(self) -> int:
         pipeline = self._pipeline

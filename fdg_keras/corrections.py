@@ -49,8 +49,8 @@ class Correction:
             variables: The variables.
             optimizer: The stage's, built on them.
             staleness: How many updates will be made before that of this
-                batch: tau, or less for the first batches of an epoch. An
-                integer scalar.
+                batch: tau, or less for the first batches after the stages
+                drained. An integer scalar.
         """
         return weights
 
@@ -85,10 +85,11 @@ class WeightPrediction(Correction):
     """Runs a forward, and its backward, with the weights to be expected then.
 
     Symbols: `w` are today's weights, `tau` the updates that will be made before
-    that of this batch, `s` the step that the momentum alone makes:
+    that of this batch, `s` the step of the optimizer's momentum:
 
         w_hat = w + tau * s
-        SGD:          s = m, the momentum buffer, which holds past rates
+        SGD:          s = m, the momentum buffer, that is, the last step
+                          (also with `nesterov=True`)
         Adam, AdamW:  s = -lr * sqrt(1 - beta_2**n) / (1 - beta_1**n)
                           * m / (sqrt(v) + epsilon)
 
@@ -100,13 +101,7 @@ class WeightPrediction(Correction):
 
     def check(self, optimizer: keras.optimizers.Optimizer) -> None:
         """Raises a `ValueError` if there is no momentum to predict by."""
-        if optimizer.gradient_accumulation_steps:
-            raise ValueError(
-                "`WeightPrediction` counts staleness in updates, one for each "
-                "batch. Expected an optimizer without "
-                "`gradient_accumulation_steps`. Received: "
-                f"{optimizer.gradient_accumulation_steps}"
-            )
+        _check_one_update_a_batch(self, optimizer)
         if not _keras.has_momentum(optimizer):
             raise ValueError(
                 "`WeightPrediction` needs a momentum to predict by. Expected "
@@ -145,8 +140,8 @@ class DelayCompensation(Correction):
     Keeps the weights of each batch in flight; needs `stash="exact"`.
 
     Args:
-        strength: lambda, not negative. The source uses 0.04 and 2 for
-            its constant variant.
+        strength: lambda, not negative. The best value depends on the
+            problem: it is to be found.
 
     Raises:
         ValueError: If `strength` is not a finite number of at least 0.
@@ -200,6 +195,10 @@ class LearningRateRescheduling(Correction):
                 f"Received: {steps!r}"
             )
 
+    def check(self, optimizer: keras.optimizers.Optimizer) -> None:
+        """Raises a `ValueError` if updates are not one for each batch."""
+        _check_one_update_a_batch(self, optimizer)
+
     def rate(self, step: tf.Tensor, staleness: int) -> Any:
         """Returns `tau ** -(1 - min(t / T, 1))`."""
         passed = tf.minimum(tf.cast(step, tf.float32) / self.steps, 1.0)
@@ -235,6 +234,18 @@ def check_corrections(
             )
         correction.check(optimizer)
     return found
+
+
+def _check_one_update_a_batch(
+    correction: Correction, optimizer: keras.optimizers.Optimizer
+) -> None:
+    if optimizer.gradient_accumulation_steps:
+        raise ValueError(
+            f"`{correction!r}` counts staleness in updates, one for each "
+            "batch. Expected an optimizer without "
+            "`gradient_accumulation_steps`. Received: "
+            f"{optimizer.gradient_accumulation_steps}"
+        )
 
 
 def _number(name: str, value: Any) -> float:

@@ -145,7 +145,7 @@ class Batches:
                 "`.repeat()` on the data set, or fewer `steps_per_epoch`.",
                 stacklevel=4,
             )
-        if self._length is None and not self._steps_per_epoch:
+        if self._length is None and not self._steps_per_epoch and not stopped:
             self._length = drawn
         if short or (self._length and self._drawn >= self._length):
             self._iterator = None

@@ -111,7 +111,7 @@ class Deployment:
         pace: Pace,
         begin: Callable[[int], None],
         end: Callable[[int, dict], bool],
-        until_pause: Callable[[], int | None] = lambda: None,
+        until_pause: Callable[[], int | None],
     ) -> None:
         """Runs one epoch, within the context. See `Conductor.run`."""
         built = self.build(mode, batches.spec)
@@ -163,16 +163,15 @@ class Deployment:
             self._graph,
             self._slices,
             self._devices,
-            spec,
             self._settings if mode == "train" else None,
             optimizers.stages if optimizers else [],
             objective,
         )
         pipeline: Pipeline | Emulation
         if model.run_eagerly or (self._emulate and mode == "train"):
-            pipeline = Emulation(*parts, run_eagerly=model.run_eagerly)
+            pipeline = Emulation(*parts, model.run_eagerly)
         else:
-            pipeline = Pipeline(*parts, jit_compile=self._jit_compile)
+            pipeline = Pipeline(*parts, spec, self._jit_compile)
         self._built[mode] = Built(
             spec, compiled, trainable, pipeline, optimizers
         )

@@ -9,13 +9,14 @@ the way to debug: everything runs eagerly, in the caller's thread.
 """
 
 import collections
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
 import keras
 import tensorflow as tf
 
 from fdg_keras import _keras, delays, transforms
-from fdg_keras.data import Epoch, Spec
+from fdg_keras.data import Epoch
 from fdg_keras.feeding import Pace
 from fdg_keras.linearize import is_float
 from fdg_keras.objective import Objective
@@ -33,7 +34,6 @@ class Emulation:
         graph: The model.
         slices: Its parts.
         devices: Where they run.
-        spec: Of the batches.
         settings: How to train; `None` if not training.
         optimizers: One for each stage; empty if not training.
         objective: Loss and metrics; `None` hands out the outputs instead.
@@ -48,7 +48,6 @@ class Emulation:
         graph: Graph,
         slices: Sequence[Slice],
         devices: Sequence[str],
-        spec: Spec,
         settings: Settings | None,
         optimizers: Sequence[keras.optimizers.Optimizer],
         objective: Objective | None,
@@ -225,7 +224,7 @@ class Emulation:
         for stage, update, at in zip(self._stages, self._updates, self._feeds):
             stage.incoming = incoming
             feeds = [inputs[i] for i in at]
-            with noting(f"in the forward of stage {stage.index}"):
+            with _within(f"in the forward of stage {stage.index}"):
                 one = _Pass(stage, update, batch, feeds, received)
             passes.append(one)
             own += one.own_losses
@@ -244,7 +243,7 @@ class Emulation:
             return []
         found: list = []
         for one in reversed(passes):
-            with noting(f"in the backward of stage {one.stage.index}"):
+            with _within(f"in the backward of stage {one.stage.index}"):
                 by_weights, gradients = one.backward(gradients)
             found.insert(0, (by_weights, one.then))
             gradients = self._hop(gradients)
@@ -309,6 +308,13 @@ class _Pass:
         return found[: len(self._weights)], [
             next(by_inputs) if is_float(r) else None for r in self._received
         ]
+
+
+@contextlib.contextmanager
+def _within(where: str) -> Iterator[None]:
+    """Says where something fails: in a note, or by names of operations."""
+    with noting(where), tf.name_scope(where.replace(" ", "_")):
+        yield
 
 
 def _as_it_is(function: Callable) -> Callable:

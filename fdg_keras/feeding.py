@@ -139,7 +139,7 @@ class Feeder:
 
     def give_up(self) -> None:
         """Ends the stream with what was announced, if it has not ended yet."""
-        self._announce(self._position, True, True)
+        self._announce(None, True, True)
 
     def run(self) -> None:
         """Feeds until the data or the orders end."""
@@ -167,7 +167,7 @@ class Feeder:
                 if self._has_ended:
                     return
         # No more orders: all that is left to do is to drain.
-        self._announce(self._position, True, True)
+        self._announce(None, True, True)
 
     def _feed(self, wanted: int) -> int:
         """Moves batches into the links; returns how many there were."""
@@ -187,10 +187,14 @@ class Feeder:
         finally:
             self._drawing = None
 
-    def _announce(self, stop: int, ends_window: bool, last: bool) -> None:
+    def _announce(
+        self, stop: int | None, ends_window: bool, last: bool
+    ) -> None:
         with self._lock:
             if self._has_ended:
                 return
+            if stop is None:
+                stop = self._position
             part = Part(self._position, stop, ends_window, last, self._rate)
             for inbox in self._inboxes:
                 inbox.put(part)

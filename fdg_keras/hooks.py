@@ -69,7 +69,7 @@ class Hooks:
         """Returns how long windows are, the same object every time.
 
         As long as `steps_per_execution` says; if that is 1 and nobody listens
-        to batches, as long as suits the machine.
+        to batches or has stages drain, as long as suits the machine.
         """
         if mode not in self._paces:
             asked = getattr(self._model, "steps_per_execution", 1) or 1
@@ -101,9 +101,12 @@ class Hooks:
         names = [f"on_{mode}_batch_begin", f"on_{mode}_batch_end"]
         if mode == "train":
             names += ["on_batch_begin", "on_batch_end"]
+        found = self.callbacks.callbacks
+        if mode == "train" and any(getattr(c, "drain_every", 0) for c in found):
+            return True
         return any(
             _overrides(callback, name)
-            for callback in self.callbacks.callbacks
+            for callback in found
             if not _acts_on_epochs_only(callback)
             for name in names
         )

@@ -110,7 +110,7 @@ class Ports:
 
     Attributes:
         feeds: The model inputs this stage uses. Producer: the feeder.
-            Capacity: none; the feeder waits by itself, see `conductor`.
+            Capacity: none; the feeder waits by itself, see `feeding`.
         targets: Targets, sample weights and batch size, for the last stage,
             see `Objective`. Producer and capacity: as `feeds`.
         activations_in: What `Boundary` says. Producer: the stage before.

@@ -72,7 +72,7 @@ class Loop:
         with tf.device(self._host):
             self._forwards = tf.Variable(0, dtype=tf.int64, trainable=False)
             self._backwards = tf.Variable(0, dtype=tf.int64, trainable=False)
-        self._forwards_due = 0
+        self._first = self._forwards_due = 0
         self._stash = None
         if self._late:
             # Producer and consumer: this stage. `late` batches wait in it,
@@ -110,8 +110,9 @@ class Loop:
         """How many batches B follows F by, in this loop."""
         return self._late
 
-    def reset(self) -> None:
-        """Starts counting batches from 0 again."""
+    def reset(self, first: int = 0) -> None:
+        """Starts a new stream; `position` counts its batches from `first`."""
+        self._first = first
         self._forwards_due = 0
         self._forwards.assign(0)
         self._backwards.assign(0)
@@ -126,8 +127,8 @@ class Loop:
             forwards == self._forwards_due > backwards
         )
         if backward and self._stage.has_backward:
-            return f"backward or update of batch {backwards}"
-        return f"forward of batch {forwards}"
+            return f"backward or update of batch {self._first + backwards}"
+        return f"forward of batch {self._first + forwards}"
 
     # -- Tracing --------------------------------------------------------------
 

@@ -47,10 +47,10 @@ class Pipeline:
         graph: The model.
         slices: Its parts.
         devices: Where they run.
-        spec: Of the batches.
         settings: How to train; `None` if not training.
         optimizers: One for each stage; empty if not training.
         objective: Loss and metrics; `None` hands out the outputs instead.
+        spec: Of the batches.
         jit_compile: Whether XLA compiles forwards, backwards and updates.
     """
 
@@ -59,10 +59,10 @@ class Pipeline:
         graph: Graph,
         slices: Sequence[Slice],
         devices: Sequence[str],
-        spec: Spec,
         settings: Settings | None,
         optimizers: Sequence[keras.optimizers.Optimizer],
         objective: Objective | None,
+        spec: Spec,
         jit_compile: bool,
     ):
         self._settings = settings

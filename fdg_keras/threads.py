@@ -103,10 +103,6 @@ class Crew:
 
     def stop(self) -> None:
         """Asks all threads to end at their next hand-off."""
-        with self._lock:
-            if self._stopping.is_set():
-                return
-            self._stopping.set()
         # In a thread of its own: a second Ctrl-C must not end it half way.
         releasing = threading.Thread(
             target=self._release_all, name="fdg-release", daemon=True
@@ -115,6 +111,10 @@ class Crew:
         releasing.join()
 
     def _release_all(self) -> None:
+        with self._lock:
+            if self._stopping.is_set():
+                return
+            self._stopping.set()
         # What fails from here on is a consequence. Raised, it would keep the
         # failure that came first from being received.
         with contextlib.suppress(Exception):

@@ -30,7 +30,7 @@ class Update:
         optimizer: keras.optimizers.Optimizer | None = None,
         staleness: int = 0,
         corrections: Sequence[Correction] = (),
-        compiled: Callable[[Callable], Callable] = tf.function,
+        compiled: Callable[[Callable], Callable] = lambda function: function,
     ):
         self._variables = list(variables)
         self._storages = [_keras.get_storage(v) for v in variables]
@@ -60,10 +60,10 @@ class Update:
         """Returns the weights to run a forward with.
 
         Args:
-            batch: Its number, from 0 at the begin of the epoch.
+            batch: Its number, from 0 after the stages last drained.
         """
         weights = self.weights()
-        # Nothing is late before the epoch's first update.
+        # Nothing is late before the first update after a drain.
         staleness = tf.minimum(batch, self._staleness)
         with self._rated():
             for correction in self._corrections:

@@ -9,7 +9,8 @@ By default the multilayer perceptron sees every pair of the values in `grid.py`
 (say delay 3 with Adam), the four other standard models do so together, and the
 models that are hard to slice see one setting each. With `FDG_FULL=1` in the
 environment every model sees all settings that differ, 86 each: K in 1 to 4,
-delay in 0 to 3, both orders, shrink 1 and 0.5, both optimizers.
+delay in 0 to 3, both orders, shrink 1 and 0.5, both optimizers. For the MLP and
+the other standard models those are 430 tests, and take 26 minutes on two cores.
 """
 
 import itertools

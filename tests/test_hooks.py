@@ -167,3 +167,12 @@ def test_stages_drain_for_those_who_ask():
 
 def test_stages_do_not_drain_for_others():
     assert pauses(make_hooks(OnBatchEnd(), Counting()), 7) == []
+
+
+def test_who_has_stages_drain_has_windows_of_a_batch():
+    """Or they would drain where the machine's speed would have it."""
+    callback = callbacks.Callback()
+    callback.drain_every = 3
+    hooks = make_hooks(callback)
+    assert hooks.pace("train").asked == 1
+    assert hooks.pace("test").asked is None
