@@ -18,6 +18,7 @@ from fdg_keras.optimizers import StageOptimizers
 from fdg_keras.pipeline import Pipeline, Settings
 from fdg_keras.placement import Relocation
 from fdg_keras.slicing import Graph, Slice
+from fdg_keras.threads import uninterrupted
 
 Mode = Literal["train", "test", "predict"]
 
@@ -84,6 +85,16 @@ class Deployment:
         self._functions: dict[str, Any] = {}
 
     def __enter__(self) -> "Deployment":
+        try:
+            with uninterrupted():
+                self._enter()
+        except KeyboardInterrupt:
+            # Put off until now, and so it is not the `with` block that leaves.
+            self.__exit__()
+            raise
+        return self
+
+    def _enter(self) -> None:
         model = self._model
         if not self._relocation.is_away:
             # What the model compiled, it compiled for its variables at home;
@@ -91,13 +102,15 @@ class Deployment:
             self._jit_compile = bool(model.jit_compile)
             self._functions = {n: getattr(model, n) for n in _FUNCTIONS}
             self._set_functions(dict.fromkeys(_FUNCTIONS), False)
+            vars(model)["make_train_function"] = _refuse_to_train
         self._relocation.__enter__()
-        return self
 
     def __exit__(self, *details: object) -> None:
-        self._relocation.__exit__(*details)
-        if not self._relocation.is_away:
-            self._set_functions(self._functions, self._jit_compile)
+        with uninterrupted():
+            self._relocation.__exit__(*details)
+            if not self._relocation.is_away:
+                self._set_functions(self._functions, self._jit_compile)
+                vars(self._model).pop("make_train_function", None)
 
     def _set_functions(self, functions: dict, jit_compile: bool) -> None:
         for name, function in functions.items():
@@ -192,3 +205,12 @@ def _runner(pipeline: Pipeline | Emulation, pace: Pace) -> Callable:
     if isinstance(pipeline, Emulation):
         return functools.partial(pipeline.run, pace)
     return Conductor(pipeline, pace).run
+
+
+def _refuse_to_train(force: bool = False) -> None:
+    raise ValueError(
+        "`model.fit` and `model.train_on_batch` cannot be called within "
+        "`fdg_keras.fit`, by a callback say: the model's variables are on the "
+        "devices of their stages. Train before or after it; `model.evaluate` "
+        "and `model.predict` may be called."
+    )

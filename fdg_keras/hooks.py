@@ -63,6 +63,10 @@ class Hooks:
     def end(self, mode: str, batch: int, logs: dict) -> None:
         """Tells callbacks that a window has ended, by its last batch."""
         self._trained = batch + 1
+        asked = self.pace(mode).asked
+        if asked:
+            # Keras counts windows: a short last one has the index of a whole.
+            batch = -(-self._trained // asked) * asked - 1
         getattr(self.callbacks, f"on_{mode}_batch_end")(batch, logs)
 
     def pace(self, mode: str) -> Pace:

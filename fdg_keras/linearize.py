@@ -157,6 +157,11 @@ class Linearized:
             stash_specs=[tf.TensorSpec(t.shape, t.dtype) for t in kept],
             stash_arguments=stash_arguments,
             needs_weights=bool(fed_anew),
+            calls_back=any(
+                op.type == "EagerPyFunc"
+                and op.name not in self._forward_operations
+                for op in self._wrapped.graph.get_operations()
+            ),
             weight_has_gradient=[g is not None for g in by_weights],
             input_has_gradient=[g is not None for g in by_inputs],
         )
@@ -286,6 +291,8 @@ class Cut:
             *state, *inputs)` if it is an argument, or `None` if it is the
             next one of `made`.
         needs_weights: Whether the backward is fed today's weights.
+        calls_back: Whether the backward differentiates a `tf.py_function`,
+            which keeps in Python what its last forward was.
         weight_has_gradient: For each weight.
         input_has_gradient: For each input.
     """
@@ -296,6 +303,7 @@ class Cut:
     stash_specs: list[tf.TensorSpec] = field(default_factory=list)
     stash_arguments: list[int | None] = field(default_factory=list)
     needs_weights: bool = False
+    calls_back: bool = False
     weight_has_gradient: list[bool] = field(default_factory=list)
     input_has_gradient: list[bool] = field(default_factory=list)
 

@@ -67,6 +67,15 @@ class Loop:
         self._transform = transform
         self._late = late if stage.has_backward else 0
         self._update_first = order == "update_first" and self._late > 0
+        if self._late and cut.calls_back:
+            raise ValueError(
+                f"Stage {stage.index} ({stage.span}) differentiates a "
+                "`tf.py_function`, which remembers one forward only, and its "
+                "backward comes several batches later. Use TensorFlow "
+                "operations, `tf.numpy_function` in a `tf.custom_gradient`, "
+                "`delay=0` or `emulate=True`, or cut so that the layer is in "
+                "the last stage."
+            )
         self._host = host_of(stage.device)
         self._state = [_keras.get_storage(v) for v in stage.state]
         with tf.device(self._host):

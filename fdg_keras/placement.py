@@ -9,6 +9,7 @@ import keras
 import tensorflow as tf
 
 from fdg_keras import _keras
+from fdg_keras.threads import uninterrupted
 
 
 def host_of(device: str) -> str:
@@ -93,9 +94,10 @@ class Relocation:
         self._add(_Move(variable, home, _keras.get_storage(other)))
 
     def _add(self, move: "_Move") -> None:
-        self._moves[id(move.variable)] = move
-        if self._depth:
-            move.go()
+        with uninterrupted():
+            self._moves[id(move.variable)] = move
+            if self._depth:
+                move.go()
 
     @contextlib.contextmanager
     def at_home(self) -> Iterator[None]:
@@ -113,16 +115,18 @@ class Relocation:
         return self._depth > 0
 
     def _enter(self, depth: int = 1) -> None:
-        if depth and not self._depth:
-            for move in self._moves.values():
-                move.go()
-        self._depth += depth
+        with uninterrupted():
+            if depth and not self._depth:
+                for move in self._moves.values():
+                    move.go()
+            self._depth += depth
 
     def _leave(self, depth: int = 1) -> None:
-        self._depth -= depth
-        if depth and not self._depth:
-            for move in self._moves.values():
-                move.come_back()
+        with uninterrupted():
+            self._depth -= depth
+            if depth and not self._depth:
+                for move in self._moves.values():
+                    move.come_back()
 
     def __enter__(self) -> "Relocation":
         self._enter()
@@ -137,7 +141,6 @@ class _Move:
     variable: keras.Variable
     home: tf.Variable
     away: tf.Variable
-    # Kept for each variable: an interrupt may come between two of them.
     is_away: bool = False
 
     def go(self) -> None:

@@ -7,6 +7,7 @@ that Ctrl-C always reaches it.
 
 import contextlib
 import queue
+import signal
 import threading
 import time
 import warnings
@@ -40,6 +41,7 @@ class Crew:
         self._release = release
         self._threads: list[threading.Thread] = []
         self._may_be_left: list[threading.Thread] = []
+        self._releasing: list[threading.Thread] = []
         self._results: queue.SimpleQueue = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._stopping = threading.Event()
@@ -54,7 +56,7 @@ class Crew:
     @property
     def has_ended(self) -> bool:
         """Whether no thread of the crew is running."""
-        threads = self._threads + self._may_be_left
+        threads = self._threads + self._may_be_left + self._releasing
         return not any(thread.is_alive() for thread in threads)
 
     def start(
@@ -107,6 +109,7 @@ class Crew:
         releasing = threading.Thread(
             target=self._release_all, name="fdg-release", daemon=True
         )
+        self._releasing.append(releasing)
         releasing.start()
         releasing.join()
 
@@ -132,7 +135,7 @@ class Crew:
             self._results.put(None)
 
     def _join(self) -> None:
-        threads = self._threads
+        threads = self._releasing + self._threads
         if self.stopping:
             for name in _still_running(self._may_be_left, _GRACE_S):
                 self._warn(
@@ -165,8 +168,9 @@ class Crew:
             self._join()
         except KeyboardInterrupt:
             # Impatience; what waits for a link has been woken, or is now.
-            self.stop()
-            self._join()
+            with uninterrupted():
+                self.stop()
+                self._join()
             if error is None:
                 raise
         if error is None and self._failure is not None:
@@ -216,3 +220,21 @@ def noting(where: str) -> Iterator[None]:
     except BaseException as error:
         error.add_note(f"Raised {where}.")
         raise
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Puts Ctrl-C off to the end of the block, which must be short."""
+    handler = signal.getsignal(signal.SIGINT)
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or handler is None:
+        yield
+        return
+    pending: list[Any] = []
+    signal.signal(signal.SIGINT, lambda *details: pending.append(details))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if pending and callable(handler):
+            handler(*pending[0])

@@ -489,3 +489,41 @@ def test_the_model_can_be_used_after_an_error():
         np.testing.assert_array_equal(a, b)
     fit(model)
     assert all(np.all(np.isfinite(w)) for w in model.get_weights())
+
+
+def test_a_python_function_whose_gradient_is_late():
+    class Python(layers.Layer):
+        def call(self, x):
+            y = tf.py_function(lambda v: v * 2.0, [x], x.dtype)
+            y.set_shape(x.shape)
+            return y
+
+    def make():
+        model = keras.Sequential(
+            [
+                keras.Input((4,)),
+                layers.Dense(3, name="one"),
+                Python(name="python"),
+                layers.Dense(2, name="two"),
+            ]
+        )
+        model.compile("sgd", "mse")
+        return model
+
+    message = r"`tf.py_function`, which remembers one forward only.*`delay=0`"
+    with pytest.raises(ValueError, match=message):
+        fit(make(), splits=["python"])
+    fit(make(), splits=["one"])
+    fit(make(), splits=["python"], delay=0)
+
+
+@pytest.mark.parametrize("method", ["fit", "train_on_batch"])
+@pytest.mark.parametrize("hook", ["on_epoch_begin", "on_train_end"])
+def test_training_within_a_callback(hook, method):
+    model = make_model()
+    train = keras.callbacks.Callback()
+    setattr(train, hook, lambda *args, **logs: getattr(model, method)(X, Y))
+    message = r"`model.fit` and `model.train_on_batch` cannot be called within"
+    with pytest.raises(ValueError, match=message):
+        fit(model, callbacks=[train])
+    model.fit(X, Y, verbose=0)

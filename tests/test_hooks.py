@@ -153,8 +153,10 @@ def test_stages_drain_where_a_model_is_saved(window, frequency, expected):
     for epoch in expected:
         counting.saved.clear()
         found = pauses(hooks, 7)
-        # At the end of an epoch the stages drain anyway.
-        assert {*found, 7} == {*counting.saved, 7}
+        # At the end of an epoch, where the last window may be short, the
+        # stages drain anyway.
+        saved = [min(batch, 7) for batch in counting.saved]
+        assert {*found, 7} == {*saved, 7}
         assert counting.saved == epoch or window > 1
 
 

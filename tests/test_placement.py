@@ -1,5 +1,7 @@
 """Device names, and variables that live elsewhere for a while."""
 
+import os
+import signal
 import warnings
 
 import keras
@@ -9,6 +11,7 @@ import tensorflow as tf
 from conftest import CPU_COUNT
 from keras import layers
 
+import fdg_keras
 from fdg_keras import _keras
 from fdg_keras.placement import Relocation, host_of, resolve_devices
 
@@ -260,3 +263,32 @@ def test_functions_compiled_before_go_on_working():
         assert inside.device == FULL.format(0)
     np.testing.assert_allclose(model.predict(x, verbose=0), [[5.0]])
     np.testing.assert_allclose(inside, [[5.0]])
+
+
+def test_an_interrupt_finds_all_variables_in_one_place(monkeypatch):
+    """It came between two of them, and the model was of no more use."""
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
+    model.compile("sgd", "mse")
+    trainer = fdg_keras.Trainer(model, 1, ["CPU:1"])
+    x = np.ones((4, 2))
+    trainer.fit(x, x, verbose=0)
+    set_storage = _keras.set_storage
+    calls, at = [], set()
+
+    def interrupted(variable, storage):
+        set_storage(variable, storage)
+        calls.append(variable)
+        if len(calls) in at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(_keras, "set_storage", interrupted)
+    for when in ({1}, {2}, {1, 2, 3}):
+        calls.clear()
+        at |= when
+        with pytest.raises(KeyboardInterrupt, match=r"^$|Interrupted"):
+            trainer.fit(x, x, verbose=0)
+        devices = {v.value.device[-5:] for v in model.variables}
+        assert devices == {"CPU:0"}
+    at.clear()
+    trainer.fit(x, x, verbose=0)
+    model.fit(x, x, verbose=0)

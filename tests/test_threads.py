@@ -298,3 +298,43 @@ def test_a_thread_that_may_be_left_is_joined_otherwise():
     with Crew(lambda: None) as crew:
         crew.start("fdg-slow", lambda: time.sleep(0.2), may_be_left=True)
     assert not alive("fdg-slow")
+
+
+def test_an_interrupt_is_put_off():
+    done = []
+
+    def work():
+        with threads.uninterrupted():
+            for i in range(3):
+                os.kill(os.getpid(), signal.SIGINT)
+                done.append(i)
+
+    with pytest.raises(KeyboardInterrupt, match=r"^$"):
+        work()
+    assert done == [0, 1, 2]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_impatience_while_links_are_being_closed():
+    """A second interrupt comes while the first one's release still runs."""
+    released = threading.Event()
+
+    def release():
+        time.sleep(0.4)
+        released.set()
+
+    crews = []
+
+    def train():
+        with Crew(release) as crew:
+            crews.append(crew)
+            crew.start("fdg-1", lambda: released.wait(SOON))
+            for after_s in (0.1, 0.2, 0.3):
+                kill = (os.getpid(), signal.SIGINT)
+                threading.Timer(after_s, os.kill, kill).start()
+            crew.receive()
+
+    with pytest.raises(KeyboardInterrupt, match=r"^$"):
+        train()
+    assert released.is_set()
+    assert crews[0].has_ended
