@@ -62,6 +62,9 @@ class Deployment:
         devices: Where they run.
         settings: How to train.
         emulate: Whether training runs one stage after the other.
+
+    Attributes:
+        model: The model.
     """
 
     def __init__(
@@ -73,7 +76,7 @@ class Deployment:
         settings: Settings,
         emulate: bool = False,
     ):
-        self._model = model
+        self.model = model
         self._graph = graph
         self._slices = slices
         self._devices = devices
@@ -81,6 +84,7 @@ class Deployment:
         self._emulate = emulate
         self._relocation = Relocation()
         self._built: dict[Mode, Built] = {}
+        self._left: list[Pipeline | Emulation] = []
         self._jit_compile = False
         self._functions: dict[str, Any] = {}
 
@@ -95,7 +99,7 @@ class Deployment:
         return self
 
     def _enter(self) -> None:
-        model = self._model
+        model = self.model
         if not self._relocation.is_away:
             # What the model compiled, it compiled for its variables at home;
             # and XLA refuses variables that are spread over devices.
@@ -110,12 +114,12 @@ class Deployment:
             self._relocation.__exit__(*details)
             if not self._relocation.is_away:
                 self._set_functions(self._functions, self._jit_compile)
-                vars(self._model).pop("make_train_function", None)
+                vars(self.model).pop("make_train_function", None)
 
     def _set_functions(self, functions: dict, jit_compile: bool) -> None:
         for name, function in functions.items():
-            setattr(self._model, name, function)
-        self._model.jit_compile = jit_compile
+            setattr(self.model, name, function)
+        self.model.jit_compile = jit_compile
 
     def run(
         self,
@@ -152,13 +156,17 @@ class Deployment:
 
         To be called within the context.
         """
-        model = self._model
+        model = self.model
         compiled = () if mode == "predict" else _keras.compiled_parts(model)
         compiled = (*compiled, model.run_eagerly)
         trainable = [part.trainable_variables for part in self._slices]
         built = self._built.get(mode)
         if built is not None and built.serves(spec, compiled, trainable):
             return built
+        if built is not None and built.pipeline.closed:
+            # A thread that was left behind still has it, and must not be the
+            # one to take it apart.
+            self._left.append(built.pipeline)
         objective = None
         if mode != "predict":
             objective = Objective(model, self._graph, self._slices, spec)
@@ -195,7 +203,7 @@ class Deployment:
         for part, device in zip(self._slices, self._devices):
             for variable in part.trainable_variables + part.state_variables:
                 self._relocation.move(variable, device)
-        for metric in self._model.metrics:
+        for metric in self.model.metrics:
             for variable in metric.variables:
                 self._relocation.move(variable, self._devices[-1])
 

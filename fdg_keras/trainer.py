@@ -1,17 +1,16 @@
 """`Trainer`: a Keras model, sliced, with Keras' contract of `fit`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import keras
-import numpy as np
 
-from fdg_keras import _keras, planning, transforms
+from fdg_keras import _keras, passes, planning, transforms
 from fdg_keras.corrections import Correction, check_corrections
 from fdg_keras.data import Batches, validation_batches
 from fdg_keras.delays import Order
-from fdg_keras.deployment import Deployment, Mode
-from fdg_keras.hooks import Hooks, as_floats, capped_epochs, validates
+from fdg_keras.deployment import Deployment
+from fdg_keras.hooks import Hooks, capped_epochs
 from fdg_keras.linearize import Stash
 from fdg_keras.pipeline import Settings
 from fdg_keras.placement import resolve_devices
@@ -51,7 +50,8 @@ class Trainer:
             dealt round robin, with a warning. Default: all GPUs, or all
             logical CPUs if there is none.
         delay: Batches of delay per hop, 0, 1, 2, ...: 0 is back-propagation,
-            locked, equal to `model.fit`; 1 is DDG; 2, the default, is FDG.
+            locked, equal to `model.fit`; 1 is DDG; 2, the default, is FDG, and
+            ADL if the optimizer has `gradient_accumulation_steps`.
         shrink: Factor in (0, 1] by which a gradient is multiplied at each hop,
             or a `GradientTransformer`. Default 1, no shrinking.
         stash: What a stage keeps of a batch from its forward to its backward.
@@ -189,7 +189,8 @@ class Trainer:
             hooks = Hooks(
                 self.model, callbacks, verbose, epochs, batches.steps, True
             )
-            return self._epochs(
+            return passes.train(
+                self._deployment,
                 batches,
                 validation,
                 hooks,
@@ -225,9 +226,8 @@ class Trainer:
             shuffle=False,
         )
         with self._deployment:
-            logs = self._test(
-                batches, Hooks(self.model, callbacks, verbose, 1, batches.steps)
-            )
+            hooks = Hooks(self.model, callbacks, verbose, 1, batches.steps)
+            logs = passes.test(self._deployment, batches, hooks)
         if return_dict:
             return logs
         values = list(logs.values())
@@ -251,101 +251,8 @@ class Trainer:
             self._graph, steps, x=x, batch_size=batch_size, shuffle=False
         )
         hooks = Hooks(self.model, callbacks, verbose, 1, batches.steps)
-        parts: list[list[np.ndarray]] = []
         with self._deployment:
-            pipeline = self._deployment.build("predict", batches.spec).pipeline
-            self.model.stop_predicting = False
-
-            def end(batch: int, _: dict) -> bool:
-                new = [pipeline.output() for _ in range(batch + 1 - len(parts))]
-                parts.extend(
-                    [tensor.numpy() for tensor in part] for part in new
-                )
-                outputs = self._packed(parts[-len(new) :])
-                hooks.end("predict", batch, {"outputs": outputs})
-                return self.model.stop_predicting
-
-            hooks.call("on_predict_begin")
-            self._run("predict", batches, hooks, end)
-            pipeline.forget_outputs()
-            hooks.call("on_predict_end")
-        return self._packed(parts)
-
-    # -- Parts of the above ---------------------------------------------------
-
-    def _packed(self, parts: Sequence[Sequence[np.ndarray]]) -> Any:
-        """Returns flat outputs of batches as the model's outputs."""
-        count = len(self._graph.outputs)  # masks may follow
-        whole = [np.concatenate(column) for column in list(zip(*parts))[:count]]
-        return _keras.pack_outputs(self._graph.functional, whole)
-
-    def _epochs(
-        self,
-        batches: Batches,
-        validation: Batches | None,
-        hooks: Hooks,
-        initial_epoch: int,
-        epochs: int,
-        validation_freq: Any,
-    ) -> keras.callbacks.History:
-        """Runs the epochs of `fit` as `keras.Model.fit` does."""
-        model = self.model
-        logs: dict[str, Any] | None = None
-
-        def end(batch: int, metrics: dict) -> bool:
-            hooks.end("train", batch, as_floats(metrics))
-            return model.stop_training
-
-        model.stop_training = False
-        hooks.call("on_train_begin")
-        first = _keras.initial_epoch_of(model) or initial_epoch
-        for epoch in range(first, epochs):
-            model.reset_metrics()
-            hooks.call("on_epoch_begin", epoch)
-            self._run("train", batches, hooks, end)
-            logs = as_floats(model.get_metrics_result())
-            if validation is not None and validates(epoch, validation_freq):
-                tested = self._test(validation, hooks)
-                logs.update({f"val_{k}": v for k, v in tested.items()})
-            hooks.call("on_epoch_end", epoch, logs)
-            if model.stop_training:
-                break
-        if epochs > 0:
-            model.optimizer.finalize_variable_values(model.trainable_weights)
-        hooks.call("on_train_end", logs=logs)
-        return model.history
-
-    def _test(self, batches: Batches, hooks: Hooks) -> dict[str, Any]:
-        """Runs `evaluate`, or the validation of `fit`."""
-        model = self.model
-        model.stop_evaluating = False
-
-        def end(batch: int, metrics: dict) -> bool:
-            hooks.end("test", batch, as_floats(metrics))
-            return model.stop_evaluating
-
-        hooks.call("on_test_begin")
-        model.reset_metrics()
-        batches.reset()
-        self._run("test", batches, hooks, end)
-        logs = as_floats(model.get_metrics_result())
-        hooks.call("on_test_end", logs)
-        return logs
-
-    def _run(
-        self,
-        mode: Mode,
-        batches: Batches,
-        hooks: Hooks,
-        end: Callable[[int, dict], bool],
-    ) -> None:
-        def begin(batch: int) -> None:
-            hooks.begin(mode, batch)
-
-        hooks.start_epoch()
-        self._deployment.run(
-            mode, batches, hooks.pace(mode), begin, end, hooks.until_pause
-        )
+            return passes.predict(self._deployment, self._graph, batches, hooks)
 
 
 def fit(

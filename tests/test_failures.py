@@ -342,7 +342,7 @@ class Blocking:
         self._go_on.set()
         for thread in threading.enumerate():
             if thread.name == "fdg-feeder":
-                thread.join(LIMIT_S)
+                thread.join(60.0)
 
     def _check(self, i):
         if i == BAD + 1:
@@ -616,7 +616,7 @@ def test_a_hundred_failures_compile_nothing_anew():
     assert trainer._deployment._built["train"] is built
 
 
-@pytest.mark.parametrize("steps_per_execution", [1, 50, 2000])
+@pytest.mark.parametrize("steps_per_execution", [1, 2000])
 def test_memory_in_flight_is_bounded_by_a_slow_last_stage(steps_per_execution):
     # Every batch is 1 MiB: 2,000 of them waiting would be 2 GiB.
     size = 2**18

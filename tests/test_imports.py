@@ -33,6 +33,7 @@ LADDER = [
     "emulation",
     "deployment",
     "hooks",
+    "passes",
     "validation",
     "trainer",
     "__init__",

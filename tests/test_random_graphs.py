@@ -1,7 +1,7 @@
 """Models and cuts that nobody thought of.
 
 Recipes of `graphs.py`, cut anywhere. In a usual run 200 models are sliced and
-run eagerly, 21 more are trained without delay and 5 with a delay. With
+run eagerly, 14 more are trained without delay and 5 with a delay. With
 `--hypothesis-profile=fuzz`, as in `scripts/fuzz.sh`, each of the first two
 properties sees as many examples as that profile says, and the third a quarter.
 """
@@ -130,7 +130,7 @@ def fit(fitted: Any, case: zoo.Case) -> dict[str, list[float]]:
     ).history
 
 
-@examples(21)
+@examples(14)
 @given(graphs.recipes(), cuts, optimizers)
 def test_without_delay_it_is_model_fit(recipe, cuts, optimizer):
     case, expected = graphs.build(recipe), graphs.build(recipe)

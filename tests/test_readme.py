@@ -1,6 +1,7 @@
 """What the README shows is what there is."""
 
 import importlib.util
+import json
 import os
 import pathlib
 import re
@@ -57,6 +58,29 @@ def test_picture_is_the_schedule():
         "F4",
         "B0",
     ]
+
+
+def test_speeds_are_those_that_were_measured():
+    path = ROOT / "docs" / "results" / "speed.json"
+    cases = {
+        (case["batch"], case["K"]): case
+        for case in json.loads(path.read_text())["cases"]
+        if case["model"] == "resnet20"
+    }
+    rows = re.findall(
+        r"^\| batch (\d+), K=(\d+) \|(.*)\|$", README, re.MULTILINE
+    )
+    assert {(int(b), int(k)) for b, k, _ in rows} == set(cases)
+    for batch, splits, cells in rows:
+        case = cases[int(batch), int(splits)]
+        busiest = max(stage["computes"] for stage in case["stages"])
+        found = [float(f) for f in re.findall(r"[\d.]+", cells)]
+        keys = ("one_core_ms", "locked_ms", "fdg_ms", "unlinked_ms")
+        assert found == [
+            *(round(case[key]) for key in keys),
+            round(case["fdg_over_unlinked"], 2),
+            round(100 * busiest, 1),
+        ]
 
 
 def test_nothing_is_left_to_be_filled_in():
