@@ -70,7 +70,7 @@ CASES = [
 QUICK = [("resnet20", 0, 32, 2), ("mlp", 3, 32, 2)]
 # One round of one variant lasts about this many seconds, or so many steps.
 ROUND_S = 2.0
-LEAST_STEPS = 12
+LEAST_STEPS = 8
 
 
 class Constants(Link):

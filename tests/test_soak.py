@@ -38,15 +38,15 @@ class Watch(keras.callbacks.Callback):
 
 @pytest.mark.parametrize("stash", ["exact", "replay"])
 def test_memory_and_traces(stash):
-    model = keras.Sequential([keras.Input((64,))])
-    for width in (64, 64, 64):
-        model.add(CountingDense(width, "relu"))
+    model = keras.Sequential([keras.Input((16,))])
+    for _ in range(3):
+        model.add(CountingDense(16, "relu"))
         model.add(keras.layers.Dropout(0.1))
     model.add(keras.layers.Dense(10))
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.Adam(1e-4), loss, metrics=["accuracy"])
     random = np.random.RandomState(0)
-    pair = random.rand(32, 64).astype("float32"), random.randint(0, 10, 32)
+    pair = random.rand(8, 16).astype("float32"), random.randint(0, 10, 8)
     epochs = EPOCHS if stash == "exact" else EPOCHS // 10
     watch = Watch()
     history = fdg_keras.fit(
@@ -54,7 +54,7 @@ def test_memory_and_traces(stash):
         tf.data.Dataset.from_tensors(pair).repeat(),
         steps_per_epoch=STEPS,
         epochs=epochs,
-        splits=3,
+        splits=2,
         stash=stash,
         shuffle=None,
         verbose=0,
