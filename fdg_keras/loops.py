@@ -238,10 +238,11 @@ class Loop:
             stash += weights
         if self._stash is not None:
             done += self._stash.enqueue(stash)
-        with (
-            tf.device(self._host),
-            tf.control_dependencies(done + outputs + weights),
-        ):
+        ends = done + outputs
+        if self._update.is_corrected:
+            # They are made of what the update changes: made before it.
+            ends += weights
+        with tf.device(self._host), tf.control_dependencies(ends):
             done.append(self._forwards.assign_add(1, read_value=False))
         return waited, (stash, gradients), done
 

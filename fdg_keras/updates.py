@@ -52,6 +52,11 @@ class Update:
         if isinstance(source, keras.Variable):
             source.assign(learning_rate)
 
+    @property
+    def is_corrected(self) -> bool:
+        """Whether a forward may run with other weights than today's."""
+        return bool(self._corrections)
+
     def weights(self) -> list[tf.Tensor]:
         """Returns the weights of today."""
         return [w.read_value() for w in self._storages]
@@ -63,6 +68,8 @@ class Update:
             batch: Its number, from 0 after the stages last drained.
         """
         weights = self.weights()
+        if not self._corrections:
+            return weights
         # Nothing is late before the first update after a drain.
         staleness = tf.minimum(batch, self._staleness)
         with self._rated():
