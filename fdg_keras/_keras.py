@@ -156,6 +156,14 @@ def momentum_step(
     return -rate * m / (tf.sqrt(v) + optimizer.epsilon)
 
 
+def current_learning_rate(optimizer: keras.optimizers.Optimizer) -> Any:
+    """Returns what the next update applies.
+
+    Private: `Optimizer._get_current_learning_rate`.
+    """
+    return optimizer._get_current_learning_rate()
+
+
 @contextlib.contextmanager
 def scaled_learning_rate(
     optimizer: keras.optimizers.Optimizer, factor: Any
@@ -217,31 +225,29 @@ def decays(optimizer: keras.optimizers.Optimizer, variable: Any) -> bool:
     return optimizer._use_weight_decay(variable)
 
 
-def record_slots(
-    optimizer: keras.optimizers.Optimizer, variables: list
-) -> list[tuple[keras.Variable, keras.Variable]]:
-    """Builds an optimizer and returns the slots it made.
+def slots_of(
+    optimizer: keras.optimizers.Optimizer,
+) -> dict[tuple[str, int], keras.Variable]:
+    """Returns what a built optimizer keeps for single variables.
 
-    Semi-private: every slot is made by `add_variable_from_reference`, which is
-    public, and called through the instance.
+    Semi-private: Keras' optimizers keep slots of one kind in a list, an
+    attribute, in the order of the variables they were built on, with `None`
+    where a variable has none. Private: `_trainable_variables`, `_variables`.
 
     Returns:
-        Pairs of a variable and a slot, in the order of creation.
+        Slots by the name of the attribute and the index of the variable.
     """
-    made = []
-    original = optimizer.add_variable_from_reference
-
-    def recording(reference_variable: Any, *args: Any, **kwargs: Any) -> Any:
-        slot = original(reference_variable, *args, **kwargs)
-        made.append((reference_variable, slot))
-        return slot
-
-    optimizer.add_variable_from_reference = recording
-    try:
-        optimizer.build(variables)
-    finally:
-        del optimizer.add_variable_from_reference
-    return made
+    built_on = optimizer._trainable_variables
+    others = (id(built_on), id(optimizer._variables))
+    return {
+        (kind, index): slot
+        for kind, kept in vars(optimizer).items()
+        if isinstance(kept, list)
+        and len(kept) == len(built_on)
+        and id(kept) not in others
+        for index, slot in enumerate(kept)
+        if isinstance(slot, keras.Variable)
+    }
 
 
 # -- Losses, metrics, and the rest of Trainer ---------------------------------

@@ -6,7 +6,6 @@ optimizer keep their values in those of the stages' optimizers, so that a
 checkpoint of the model holds them at any time.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -99,8 +98,8 @@ class StageOptimizers:
                 "others. Call `model.compile` again after changing layers or "
                 "`trainable`."
             )
-        self._slots = _slots_by_key(optimizer.variables)
-        self._ranks = _ranks(everything)
+        self._slots = _keras.slots_of(optimizer)
+        self._index = {id(v): i for i, v in enumerate(everything)}
         self._shared: set[int] = set()
         self._others: list[list[keras.Variable]] = []
         with relocation:
@@ -149,15 +148,17 @@ class StageOptimizers:
             optimizer = type(self._whole).from_config(config)
             # Stages do not scale the loss, so there is nothing to undo.
             optimizer.loss_scale_factor = None
-            slots = _keras.record_slots(optimizer, variables)
+            optimizer.build(variables)
         excluded = [v for v in variables if id(v) in self._undecayed]
         if excluded:
             optimizer.exclude_from_weight_decay(var_list=excluded)
-        for reference, slot in slots:
-            whole = self._slots[slot.name, self._ranks[id(reference)]]
-            self._shared.add(id(whole))
-            relocation.alias(whole, slot)
-        mine = {id(slot) for _, slot in slots}
+        mine = set()
+        for (kind, index), slot in _keras.slots_of(optimizer).items():
+            whole = self._slots.get((kind, self._index[id(variables[index])]))
+            if whole is not None:
+                mine.add(id(slot))
+                self._shared.add(id(whole))
+                relocation.alias(whole, slot)
         self._others.append(
             [v for v in _without_rate(optimizer) if id(v) not in mine]
         )
@@ -171,9 +172,10 @@ class StageOptimizers:
                 raise ValueError(
                     "The optimizer keeps state for single variables that "
                     "cannot be told apart from state of its own. Expected "
-                    "slots made by `add_variable_from_reference` or "
-                    "`add_optimizer_variables`. Use another optimizer, or "
-                    f"`splits=1`. Received: {self._whole!r}"
+                    "slots in attributes that are lists, an entry for each "
+                    "variable, as `add_optimizer_variables` returns them. Use "
+                    "another optimizer, or `splits=1`. Received: "
+                    f"{self._whole!r}"
                 )
 
     def _remaining(self) -> list[keras.Variable]:
@@ -184,27 +186,3 @@ class StageOptimizers:
 def _without_rate(optimizer: keras.optimizers.Optimizer) -> list:
     rate = _keras.learning_rate_of(optimizer)
     return [v for v in optimizer.variables if v is not rate]
-
-
-def _ranks(variables: Sequence[keras.Variable]) -> dict[int, int]:
-    """Numbers variables that share a path, in order."""
-    seen: Counter = Counter()
-    ranks = {}
-    for variable in variables:
-        ranks[id(variable)] = seen[variable.path]
-        seen[variable.path] += 1
-    return ranks
-
-
-def _slots_by_key(slots: Sequence[keras.Variable]) -> dict:
-    """Returns slots by name and rank among those of the same name.
-
-    A slot's name is made of the path of its variable and of the slot's kind,
-    and slots of one kind are created in the order of the variables.
-    """
-    seen: Counter = Counter()
-    found = {}
-    for slot in slots:
-        found[slot.name, seen[slot.name]] = slot
-        seen[slot.name] += 1
-    return found

@@ -84,7 +84,7 @@ mlp            2 split      rmsprop    plateau
 mlp            3 tensors    lamb       best       yes
 mlp            2 done       sgd        csv
 plain_mlp      3 turning    muon       none
-plain_mlp      1 val-steps  adafactor  scheduler
+plain_mlp      2 val-steps  adafactor  scheduler
 plain_mlp      4 weights    lion       lambda
 plain_mlp      2 torch      adam       none
 plain_mlp      2 val        ema        swap

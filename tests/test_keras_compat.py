@@ -255,23 +255,29 @@ def test_decays(model):
         (lambda: keras.optimizers.Lion(), 1),
     ],
 )
-def test_record_slots(model, make, slots):
+def test_slots_of(model, make, slots):
     optimizer = make()
     variables = model.trainable_variables
-    made = _keras.record_slots(optimizer, variables)
-    assert optimizer.built
-    found = {id(slot) for _, slot in made}
-    assert found <= {id(v) for v in optimizer.variables}
-    assert all(any(r is v for v in variables) for r, _ in made)
+    optimizer.build(variables)
+    made = _keras.slots_of(optimizer)
+    assert {index for _, index in made} <= set(range(len(variables)))
+    found = {id(slot) for slot in made.values()}
     if slots is not None:
         assert len(made) == slots * len(variables)
-        # What is left belongs to the optimizer as a whole.
-        assert {v.name for v in optimizer.variables if id(v) not in found} == {
-            "iteration",
-            "learning_rate",
-        }
-    # The instance is as it was.
-    assert "add_variable_from_reference" not in vars(optimizer)
+    # What is left belongs to the optimizer as a whole.
+    left = {v.name for v in optimizer.variables if id(v) not in found}
+    assert left == {"iteration", "learning_rate"}
+    for (kind, index), slot in made.items():
+        if slots is not None:
+            assert slot.shape == variables[index].shape, kind
+
+
+def test_slots_of_as_many_variables_as_the_optimizer_has(model):
+    """Its own variables are in a list, too."""
+    optimizer = keras.optimizers.SGD()
+    optimizer.build(model.trainable_variables[:2])
+    assert len(optimizer.variables) == 2
+    assert _keras.slots_of(optimizer) == {}
 
 
 # -- Losses, metrics, and the rest of Trainer ---------------------------------
@@ -426,6 +432,16 @@ def test_momentum_step(make):
 )
 def test_has_momentum(optimizer):
     assert not _keras.has_momentum(optimizer)
+
+
+def test_current_learning_rate():
+    """With a schedule it is that of the next step."""
+    decay = keras.optimizers.schedules.ExponentialDecay(0.2, 1, 0.5)
+    optimizer = keras.optimizers.SGD(decay)
+    optimizer.iterations.assign(2)
+    assert float(_keras.current_learning_rate(optimizer)) == pytest.approx(0.05)
+    optimizer = keras.optimizers.SGD(0.3)
+    assert float(_keras.current_learning_rate(optimizer)) == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize(

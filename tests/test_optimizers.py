@@ -44,6 +44,8 @@ OPTIMIZERS = {
     "amsgrad": lambda: keras.optimizers.Adam(0.05, amsgrad=True),
     # Has a variable of its own that belongs to no weight.
     "nadam": lambda: keras.optimizers.Nadam(0.05),
+    # Its rows and columns have shapes of their own.
+    "adafactor": lambda: keras.optimizers.Adafactor(0.05),
     "average": lambda: keras.optimizers.SGD(
         0.1, use_ema=True, ema_momentum=0.7
     ),
@@ -208,14 +210,19 @@ def test_an_optimizer_of_the_users_own():
     assert_same(model, expected)
 
 
+class Mapped(keras.optimizers.SGD):
+    """Keeps a slot for each variable, and does not say whose it is."""
+
+    def build(self, variables):
+        super().build(variables)
+        made = self.add_optimizer_variables(variables, "seen")
+        self.seen = dict(enumerate(made))
+
+
 def test_slots_that_do_not_say_whose_they_are():
-    """Adafactor's rows and columns; one stage needs no telling apart."""
-    model, expected = (
-        make_model(keras.optimizers.Adafactor(0.05)) for _ in range(2)
-    )
-    message = (
-        r"slots made by `add_variable_from_reference`.*or `splits=1`\. Rec"
-    )
+    """One stage needs no telling apart."""
+    model, expected = (make_model(Mapped(0.1)) for _ in range(2))
+    message = r"an entry for each variable.*or `splits=1`\. Received: "
     with pytest.raises(ValueError, match=message):
         fdg_keras.fit(model, X, Y, splits=2, **FIT)
     fdg_keras.fit(model, X, Y, splits=1, **FIT)
