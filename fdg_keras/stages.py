@@ -219,10 +219,13 @@ class Stage:
             outputs: What `pure` made: the sent tensors, then their masks.
             masked: Which of them have one.
         """
-        tensors = dict(zip(self.slice.sends, outputs))
-        for value, mask in zip(masked, outputs[len(self.slice.sends) :]):
-            _keras.set_mask(tensors[value], mask)
-        return list(outputs[: len(self.slice.sends)])
+        count = len(self.slice.sends)
+        masks = dict(zip(masked, outputs[count:]))
+        # By position: a model may hand out one tensor several times.
+        for value, tensor in zip(self.slice.sends, outputs[:count]):
+            if value in masks:
+                _keras.set_mask(tensor, masks[value])
+        return list(outputs[:count])
 
     @property
     def span(self) -> str:

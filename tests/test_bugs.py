@@ -429,3 +429,30 @@ def test_a_stateful_rnn():
     for found, wanted in zip(*trained, strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-7)
     assert np.abs(trained[0][-1]).max() > 0.01
+
+
+def test_an_output_with_a_mask_that_is_there_twice():
+    """The loss of the first copy forgot the mask.
+
+    The last stage told its outputs apart by the values they stand for, and
+    two copies of an output stand for one.
+    """
+    random = np.random.RandomState(0)
+    x = random.rand(12, 4, 3).astype("float32")
+    x[:, 2:] = 0.0
+    y = random.rand(12, 4, 2).astype("float32")
+    losses = []
+    for staged in (True, False):
+        keras.utils.set_random_seed(1)
+        inputs = keras.Input((4, 3))
+        h = keras.layers.Masking(name="mask")(inputs)
+        h = keras.layers.LSTM(2, return_sequences=True)(h)
+        model = keras.Model(inputs, [h, h])
+        model.compile("sgd", ["mse", "mae"])
+        if staged:
+            fitted = fdg_keras.Trainer(model, ["mask"], delay=0)
+        else:
+            fitted = model
+        history = fitted.fit(x, [y, y], verbose=0)
+        losses.append(history.history["loss"])
+    np.testing.assert_allclose(*losses, rtol=1e-6)

@@ -114,9 +114,15 @@ optimizers = st.sampled_from(sorted(OPTIMIZERS))
 
 
 def make_trainer(
-    case: zoo.Case, cuts: list[int], optimizer: str, delay: int
+    case: zoo.Case,
+    cuts: list[int],
+    optimizer: str,
+    delay: int,
+    run_eagerly: bool = False,
 ) -> fdg_keras.Trainer:
-    case.model.compile(OPTIMIZERS[optimizer](), case.loss)
+    case.model.compile(
+        OPTIMIZERS[optimizer](), case.loss, run_eagerly=run_eagerly
+    )
     return fdg_keras.Trainer(case.model, plan(case.model, cuts), delay=delay)
 
 
@@ -130,11 +136,11 @@ def fit(fitted: Any, case: zoo.Case) -> dict[str, list[float]]:
     ).history
 
 
-@examples(14)
-@given(graphs.recipes(), cuts, optimizers)
-def test_without_delay_it_is_model_fit(recipe, cuts, optimizer):
+def assert_without_delay_it_is_model_fit(
+    recipe: graphs.Recipe, cuts: list[int], optimizer: str, run_eagerly: bool
+) -> None:
     case, expected = graphs.build(recipe), graphs.build(recipe)
-    trainer = make_trainer(case, cuts, optimizer, delay=0)
+    trainer = make_trainer(case, cuts, optimizer, 0, run_eagerly)
     # Eagerly, which takes less time than compiling for so few batches.
     expected.model.compile(
         OPTIMIZERS[optimizer](), expected.loss, run_eagerly=True
@@ -145,6 +151,19 @@ def test_without_delay_it_is_model_fit(recipe, cuts, optimizer):
     np.testing.assert_allclose(
         found["loss"], wanted["loss"], rtol=1e-5, atol=1e-6
     )
+
+
+@examples(200)
+@given(graphs.recipes(), cuts, optimizers)
+def test_without_delay_stages_one_by_one_are_model_fit(recipe, cuts, optimizer):
+    """Forwards, backwards, masks, losses and updates; no links, no loops."""
+    assert_without_delay_it_is_model_fit(recipe, cuts, optimizer, True)
+
+
+@examples(14)
+@given(graphs.recipes(), cuts, optimizers)
+def test_without_delay_it_is_model_fit(recipe, cuts, optimizer):
+    assert_without_delay_it_is_model_fit(recipe, cuts, optimizer, False)
 
 
 @examples(5, share=4)
