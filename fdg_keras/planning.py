@@ -18,8 +18,8 @@ from fdg_keras.slicing import Graph, Node, Slice
 
 # Moving memory costs time too. An element that a layer reads or writes takes
 # as long as about this many operations of a convolution: so the two halves of
-# a ResNet-20 took equally long on a CPU.
-_OPERATIONS_PER_ELEMENT = 40.0
+# a ResNet-20 took equally long on a CPU (120 to 200 give the same halves).
+_OPERATIONS_PER_ELEMENT = 150.0
 
 # What goes without saying in a device's name.
 _HERE = "/job:localhost/replica:0/task:0/device:"
