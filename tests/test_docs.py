@@ -1,0 +1,210 @@
+"""What the pages under docs/ show is what there is.
+
+The Python blocks of a page are one program, which is run as pasted. A `text`
+block that follows one is what it prints.
+"""
+
+import importlib
+import json
+import os
+import pathlib
+import random
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+
+import pytest
+
+from fdg_keras import delays
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PAGES = {path.name: path.read_text() for path in ROOT.glob("docs/*.md")}
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def blocks(page, language):
+    return [
+        text for name, text in FENCED.findall(PAGES[page]) if name == language
+    ]
+
+
+def run(*arguments, cwd=ROOT):
+    """Runs Python in a process of its own, without a GPU."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env={
+            **os.environ,
+            "CUDA_VISIBLE_DEVICES": "-1",
+            "PYTHONPATH": str(ROOT),
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "page", sorted(page for page in PAGES if blocks(page, "python"))
+)
+def test_code_runs_as_pasted(page, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text("\n".join(blocks(page, "python")))
+    out = run(program, cwd=tmp_path)
+    at = 0
+    for expected in blocks(page, "text"):
+        assert expected in out[at:]
+        at = out.index(expected, at) + len(expected)
+    # Of ten classes.
+    for accuracy in re.findall(r": ([\d.]+)%$", out, re.MULTILINE):
+        assert float(accuracy) > 50
+
+
+def commands():
+    """Returns the commands of all pages that run a training script."""
+    found = []
+    for page in PAGES:
+        for block in blocks(page, "sh"):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                if words[:2] == ["python", "-m"]:
+                    found.append(words[2:])
+    return found
+
+
+PARSE = """
+import importlib, json, sys
+from absl import flags
+importlib.import_module(sys.argv[1])
+for command in json.loads(sys.argv[2]):
+    rest = flags.FLAGS(command)[1:]
+    assert not rest, f"{command} leaves {rest}"
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "script", sorted({script for script, *_ in commands()})
+)
+def test_commands_have_flags_that_exist(script):
+    mine = [command for command in commands() if command[0] == script]
+    run("-c", PARSE, script, json.dumps(mine))
+
+
+def test_timeline_is_the_schedule():
+    assert delays.format_timeline(3, 2, 5) + "\n" in blocks(
+        "how_it_works.md", ""
+    )
+
+
+def finish(splits, delay, order, hop=0.0, spread=0.0, seed=0, batches=400):
+    """Returns when the last stage ends, in ticks.
+
+    A forward takes a third of a tick, a backward two; a hand-over `hop` ticks.
+    """
+    draw = random.Random(seed)
+    work = []
+    for k in range(splits):
+        late = delays.stage_delay(k, splits, delay)
+        rows = delays.timeline(splits, delay, batches, order)
+        passes = [name for row in rows for name in row[k].split()]
+        drained = range(max(batches - late, 0), batches)
+        work.append(passes + [f"B{batch}" for batch in drained])
+    ends: dict = {}
+    free, at = [0.0] * splits, [0] * splits
+    while any(i < len(w) for i, w in zip(at, work)):
+        for k in range(splits):
+            while at[k] < len(work[k]):
+                name = work[k][at[k]]
+                source = k - 1 if name[0] == "F" else k + 1
+                ready = 0.0
+                if 0 <= source < splits:
+                    if (name, source) not in ends:
+                        break
+                    ready = ends[name, source] + hop
+                takes = 1 / 3 if name[0] == "F" else 2 / 3
+                takes *= 1 + spread * (2 * draw.random() - 1)
+                free[k] = ends[name, k] = max(free[k], ready) + takes
+                at[k] += 1
+    return max(free)
+
+
+def test_why_two_batches_per_hop():
+    rows = re.findall(
+        r'^\| `delay=(\d)`(?:, `order="(\w+)"`)? '
+        r"\| (\d+) \| (\d+) \| (\d+) \|$",
+        PAGES["how_it_works.md"],
+        re.MULTILINE,
+    )
+    assert len(rows) == 6
+    for delay, order, *figures in rows:
+        case = 4, int(delay), order or "forward_first"
+        varying = [finish(*case, spread=0.3, seed=seed) for seed in range(5)]
+        found = [
+            finish(*case),
+            finish(*case, hop=0.1),
+            statistics.median(varying),
+        ]
+        assert [round(f) for f in found] == [int(f) for f in figures]
+
+
+def test_names_in_the_code_exist():
+    """Names such as `loops.Loop._forward`."""
+    modules = {path.stem for path in ROOT.glob("fdg_keras/*.py")}
+    modules -= {"trainer"}  # A variable, in the pages.
+    for page, text in PAGES.items():
+        for name in re.findall(r"`([a-z_]+(?:\.\w+)+)[`(]", text):
+            module, *attributes = name.removeprefix("fdg_keras.").split(".")
+            if module not in modules:
+                continue
+            found = importlib.import_module(f"fdg_keras.{module}")
+            for attribute in attributes:
+                assert hasattr(found, attribute), f"{page}: {name}"
+                found = getattr(found, attribute)
+
+
+def test_paths_exist():
+    for page, text in PAGES.items():
+        for path in re.findall(r"`([a-z_]+/[\w./]*)`", text):
+            assert (ROOT / path).exists(), f"{page}: {path}"
+
+
+def anchors(text):
+    """Returns the anchors that GitHub makes of a page's headings."""
+    headings = re.findall(
+        r"^#+ (.*)$", FENCED.sub("", text), flags=re.MULTILINE
+    )
+    return {
+        re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        for heading in headings
+    }
+
+
+@pytest.mark.parametrize("page", sorted(PAGES))
+def test_links_lead_somewhere(page):
+    text = FENCED.sub("", PAGES[page])
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
+        path, _, anchor = target.partition("#")
+        file = ROOT / "docs" / (path or page)
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file.read_text()), target
+
+
+def test_index_lists_all_pages():
+    for page in PAGES.keys() - {"index.md"}:
+        assert f"]({page})" in PAGES["index.md"]
+
+
+@pytest.mark.parametrize("page", sorted(PAGES))
+def test_lines_are_short(page):
+    for line in PAGES[page].splitlines():
+        assert len(line) <= 80 or line.startswith("|"), line
+
+
+@pytest.mark.parametrize("page", sorted(PAGES))
+def test_nothing_is_left_to_be_filled_in(page):
+    assert not re.findall(r"\b(?:TODO|TBD|FIXME)\b|\?\?\?", PAGES[page])
