@@ -1,121 +1,134 @@
-"""Residual networks for small images.
+"""The networks of the training scripts, by name.
 
-The CIFAR networks of He et al., "Deep Residual Learning for Image
-Recognition" (arXiv 1512.03385, section 4.2): a 3x3 convolution, three groups
-of n basic blocks with 16, 32 and 64 channels, global average pooling and a
-dense layer, that is 6n + 2 layers with weights. Shortcuts are the paper's
-option A, which has no parameters: where a block halves the image, its shortcut
-takes every second pixel and pads the new channels with zeros.
-
-Everything is a built-in layer or operation, so that a saved model loads
-without this file.
+Everything in them is a built-in layer or operation, so that a saved model loads
+without these files.
 """
 
+import contextlib
 import dataclasses
+import functools
+import pathlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import keras
 
+from trainers import resnets, wide_resnets
+from trainers.layers import Layers
+
 
 @dataclasses.dataclass(frozen=True)
-class Architecture:
-    """What tells one residual network of this family from another.
+class Network:
+    """What tells one network from another.
 
     Attributes:
-        blocks: Basic blocks in each group.
-        widths: Channels of each group. Every group but the first begins by
-            halving the image.
+        features: From `Layers` and images to the features of the head.
         input_shape: Default shape of one image, `(height, width, channels)`.
+        layers: How its layers are made; `weight_decay` is replaced.
     """
 
-    blocks: int
-    widths: tuple[int, ...]
-    input_shape: tuple[int, int, int]
+    features: Callable[[Layers, Any], Any]
+    input_shape: tuple[int, int, int] = (32, 32, 3)
+    layers: Layers = dataclasses.field(default_factory=Layers)
 
 
-ARCHITECTURES = {
-    "resnet_digits": Architecture(1, (16, 32, 64), (8, 8, 1)),
-    "resnet20": Architecture(3, (16, 32, 64), (32, 32, 3)),
-    "resnet56": Architecture(9, (16, 32, 64), (32, 32, 3)),
-    "resnet110": Architecture(18, (16, 32, 64), (32, 32, 3)),
-}
+def _small(blocks: int) -> Callable:
+    return functools.partial(resnets.small, blocks=blocks)
 
 
-def _conv_norm(x, filters: int, strides: int, prefix: str, index: int):
-    # Batch normalization subtracts the mean, so a bias would do nothing.
-    x = keras.layers.Conv2D(
-        filters,
-        3,
-        strides=strides,
-        padding="same",
-        use_bias=False,
-        kernel_initializer="he_normal",
-        name=f"{prefix}_conv{index}",
-    )(x)
-    return keras.layers.BatchNormalization(name=f"{prefix}_norm{index}")(x)
-
-
-def _shortcut(x, filters: int, strides: int):
-    """Option A: subsamples the image, pads the channels on both sides."""
-    if strides > 1:
-        x = x[:, ::strides, ::strides, :]
-    missing = filters - x.shape[-1]
-    if missing:
-        before = missing // 2
-        x = keras.ops.pad(
-            x, [[0, 0], [0, 0], [0, 0], [before, missing - before]]
-        )
-    return x
-
-
-def _basic_block(x, filters: int, strides: int, name: str):
-    y = _conv_norm(x, filters, strides, name, 1)
-    y = keras.layers.ReLU(name=f"{name}_relu")(y)
-    y = _conv_norm(y, filters, 1, name, 2)
-    y = keras.layers.Add(name=f"{name}_add")(
-        [y, _shortcut(x, filters, strides)]
+def _large(*blocks: int, bottleneck: bool = True) -> Callable:
+    return functools.partial(
+        resnets.large, blocks=blocks, bottleneck=bottleneck
     )
-    return keras.layers.ReLU(name=name)(y)
+
+
+NETWORKS = {
+    # Made before the others, with what Keras does by default: the figures of
+    # `digits.py` are those of this network.
+    "resnet_digits": Network(
+        _small(1), (8, 8, 1), Layers(0.0, 0.99, 1e-3, symmetric=False)
+    ),
+    "resnet20": Network(_small(3)),
+    "resnet56": Network(_small(9)),
+    "resnet110": Network(_small(18)),
+    "resnet1202": Network(_small(200)),
+    "resnet18": Network(_large(2, 2, 2, 2, bottleneck=False)),
+    "resnet50": Network(_large(3, 4, 6, 3)),
+    "resnet101": Network(_large(3, 4, 23, 3)),
+    "wrn28_10": Network(
+        functools.partial(wide_resnets.wide, blocks=4, factor=10)
+    ),
+}
 
 
 def build(
     name: str,
     num_classes: int = 10,
     input_shape: tuple[int, int, int] | None = None,
+    weight_decay: float = 0.0,
 ) -> keras.Model:
-    """Builds a residual network.
+    """Builds a network.
 
     The last layer of the i-th block, counted from 1, is called `block<i>`:
     a good place to cut.
 
     Args:
-        name: One of `"resnet_digits"`, `"resnet20"`, `"resnet56"` and
-            `"resnet110"`.
+        name: A name in `NETWORKS`: `"resnet20"`, `"resnet56"`, `"resnet110"`
+            and `"resnet1202"` for small images; `"resnet18"`, `"resnet50"` and
+            `"resnet101"`, whose stem is that for ImageNet if the image has
+            more than 64 pixels a side, and that for CIFAR otherwise;
+            `"wrn28_10"`; or `"resnet_digits"`.
         num_classes: Number of classes.
         input_shape: Shape of one image, `(height, width, channels)`. `None`
-            takes the architecture's own.
+            takes the network's own: `(8, 8, 1)` for `"resnet_digits"`,
+            `(32, 32, 3)` for all others.
+        weight_decay: `lambda` of PyTorch's SGD, by a penalty on all trainable
+            weights: `g + lambda * w` is what the optimizer sees. See `Layers`.
 
     Returns:
         A Functional model from float images `[B, height, width, channels]` to
-        logits `[B, num_classes]`.
+        float32 logits `[B, num_classes]`.
 
     Raises:
         ValueError: If `name` is not known.
     """
-    if name not in ARCHITECTURES:
+    if name not in NETWORKS:
         raise ValueError(
-            f"Expected `name` to be one of {sorted(ARCHITECTURES)}. "
+            f"Expected `name` to be one of {sorted(NETWORKS)}. "
             f"Received: name={name!r}"
         )
-    architecture = ARCHITECTURES[name]
-    inputs = keras.Input(input_shape or architecture.input_shape, name="image")
-    x = _conv_norm(inputs, architecture.widths[0], 1, "stem", 1)
-    x = keras.layers.ReLU(name="stem")(x)
-    block = 0
-    for group, width in enumerate(architecture.widths):
-        for index in range(architecture.blocks):
-            block += 1
-            strides = 2 if group > 0 and index == 0 else 1
-            x = _basic_block(x, width, strides, f"block{block}")
-    x = keras.layers.GlobalAveragePooling2D(name="pool")(x)
-    outputs = keras.layers.Dense(num_classes, name="logits")(x)
-    return keras.Model(inputs, outputs, name=name)
+    network = NETWORKS[name]
+    make = dataclasses.replace(network.layers, weight_decay=weight_decay)
+    inputs = keras.Input(input_shape or network.input_shape, name="image")
+    outputs = make.head(network.features(make, inputs), num_classes)
+    with _deep_recursion():
+        return keras.Model(inputs, outputs, name=name)
+
+
+def load(path: pathlib.Path) -> keras.Model:
+    """Loads a saved network, however deep.
+
+    Args:
+        path: A file `*.keras`.
+
+    Returns:
+        The model, compiled as it was, with its optimizer's state.
+    """
+    with _deep_recursion():
+        return keras.saving.load_model(path)
+
+
+@contextlib.contextmanager
+def _deep_recursion() -> Iterator[None]:
+    """Lets Keras walk through thousands of layers.
+
+    It follows a model from the outputs to the inputs by recursion, a frame or
+    more for each layer; Python allows 1,000. ResNet-1202 has 4,206.
+    """
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(max(before, 50_000))
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(before)
