@@ -26,91 +26,25 @@ import time
 import keras
 import sklearn.datasets
 import sklearn.model_selection
-import tensorflow as tf
 from absl import app, flags
 
 import fdg_keras
-from trainers import models
+from trainers import models, run_flags
+from trainers.callbacks import EpochTimer
 
 FLAGS = flags.FLAGS
 
-flags.DEFINE_string(
-    "splits",
-    "2",
-    "Number of stages, or names of the layers to cut after, with commas.",
-)
-flags.DEFINE_integer(
-    "delay", 2, "Batches of delay per hop between stages.", lower_bound=0
-)
-flags.DEFINE_float(
-    "shrink",
-    1.0,
-    "Factor a gradient is multiplied by at each hop, in (0, 1].",
-    lower_bound=0.0,
-    upper_bound=1.0,
-)
-flags.DEFINE_enum(
-    "stash",
-    "exact",
-    ["exact", "current", "replay"],
-    "What a stage keeps of a forward until its backward.",
-)
-flags.DEFINE_enum(
-    "order",
-    "forward_first",
-    ["forward_first", "update_first"],
-    "What a stage does first at each tick.",
-)
-flags.DEFINE_list(
-    "devices",
-    None,
-    "Devices of the stages, for example GPU:0,GPU:1. Default: all GPUs, else "
-    "all logical CPUs.",
-)
-flags.DEFINE_integer(
-    "virtual_devices",
-    None,
-    "Logical CPUs to make when there is no GPU. Default: one for each stage.",
-    lower_bound=1,
-)
-flags.DEFINE_integer("batch_size", 32, "Images in a batch.", lower_bound=1)
-flags.DEFINE_integer("train_epochs", 15, "Epochs.", lower_bound=1)
+run_flags.define_stages()
+run_flags.define_training(batch_size=32, train_epochs=15)
 flags.DEFINE_float(
     "learning_rate",
     0.05,
     "Learning rate at the start; falls to zero along a cosine.",
     lower_bound=0.0,
 )
-flags.DEFINE_integer("seed", 0, "Seed of weights, shuffling and the split.")
-flags.DEFINE_string(
-    "model_dir",
-    None,
-    "Folder for TensorBoard logs and the trained model. Default: a fresh one "
-    "under ./runs.",
-)
 flags.DEFINE_bool(
     "smoke", False, "Two epochs on 256 images: shows only that it all runs."
 )
-
-
-def parse_splits(text: str) -> int | list[str]:
-    """Returns a number of stages or the names of the layers to cut after."""
-    names = [name.strip() for name in text.split(",")]
-    if len(names) == 1 and names[0].lstrip("-").isdigit():
-        return int(names[0])
-    return names
-
-
-def make_devices(splits: int | list[str]) -> None:
-    """Makes the logical CPUs, before anything else wakes TensorFlow."""
-    if tf.config.list_physical_devices("GPU"):
-        return
-    stages = splits if isinstance(splits, int) else len(splits) + 1
-    count = FLAGS.virtual_devices or max(stages, 1)
-    tf.config.set_logical_device_configuration(
-        tf.config.list_physical_devices("CPU")[0],
-        [tf.config.LogicalDeviceConfiguration()] * count,
-    )
 
 
 def load_data():
@@ -147,20 +81,6 @@ def make_model(steps: int) -> keras.Model:
     return model
 
 
-class EpochTimer(keras.callbacks.Callback):
-    """Measures the epochs, each with its validation."""
-
-    def __init__(self):
-        super().__init__()
-        self.seconds: list[float] = []
-
-    def on_epoch_begin(self, epoch, logs=None):
-        self._begin = time.perf_counter()
-
-    def on_epoch_end(self, epoch, logs=None):
-        self.seconds.append(time.perf_counter() - self._begin)
-
-
 def train(trained, data, epochs: int, log_dir: pathlib.Path):
     """Trains a model or trainer, then tests it.
 
@@ -188,8 +108,8 @@ def main(argv):
         raise app.UsageError(f"Expected flags only. Received: {argv[1:]}")
 
     # ---- Devices and data -----------------------------------------------
-    splits = parse_splits(FLAGS.splits)
-    make_devices(splits)
+    splits = run_flags.parse_splits(FLAGS.splits)
+    run_flags.make_devices(splits, FLAGS.virtual_devices)
     data = load_data()
     epochs = 2 if FLAGS.smoke else FLAGS.train_epochs
     steps = epochs * math.ceil(len(data[0][0]) / FLAGS.batch_size)
