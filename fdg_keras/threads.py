@@ -18,7 +18,7 @@ from typing import Any
 # ended after this many seconds is named in a warning, and waited for.
 _PATIENCE_S = 30.0
 # One that may be left behind is waited for so long.
-_GRACE_S = 2.0
+_GRACE_S = 1.0
 
 
 class Crew:

@@ -124,7 +124,10 @@ def make_trainer(model, **kwargs):
 
 
 class Clock(keras.callbacks.Callback):
-    """Knows when training last began, after everything was compiled."""
+    """Knows when training last began, after everything was compiled.
+
+    Or, where `Blocking` says so, when it came to the batch that is bad.
+    """
 
     started = 0.0
 
@@ -346,6 +349,7 @@ class Blocking:
 
     def _check(self, i):
         if i == BAD + 1:
+            Clock.started = time.perf_counter()
             self._go_on.wait(60)
 
 
