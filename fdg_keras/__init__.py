@@ -15,6 +15,7 @@ if _keras_package.backend.backend() != "tensorflow":
         f"backend {_keras_package.backend.backend()!r}."
     )
 
+from fdg_keras import callbacks as callbacks
 from fdg_keras.corrections import (
     Correction,
     DelayCompensation,

@@ -11,13 +11,13 @@ flight.
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from fdg_keras import delays
 from fdg_keras.data import Epoch
 from fdg_keras.feeding import Feeder, Pace
 from fdg_keras.pipeline import Pipeline
+from fdg_keras.statistics import StageStatistics, Usage, collect
 from fdg_keras.threads import Crew, Inbox, noting
 
 # What a stage says when it has run the last part.
@@ -27,25 +27,6 @@ _DRAINED = object()
 # looked at so often.
 _BLOCKS_S = 1.5
 _GLANCE_S = 0.25
-
-
-@dataclass
-class Usage:
-    """What a stage did with its time, in seconds, since the epoch began.
-
-    Attributes:
-        computed: Running its loop, without the waiting.
-        waited_activations: For activations, or for data in stage 0.
-        waited_gradients: For gradients.
-        idle: For something to be announced.
-        ticks: How many.
-    """
-
-    computed: float = 0.0
-    waited_activations: float = 0.0
-    waited_gradients: float = 0.0
-    idle: float = 0.0
-    ticks: int = 0
 
 
 class Conductor:
@@ -71,7 +52,7 @@ class Conductor:
         begin: Callable[[int], None] = lambda batch: None,
         end: Callable[[int, dict], bool] = lambda batch, metrics: False,
         until_pause: Callable[[], int | None] = lambda: None,
-    ) -> None:
+    ) -> list[StageStatistics]:
         """Runs an epoch, and drains.
 
         Between the announcement of a window and its end others may run: see
@@ -91,14 +72,20 @@ class Conductor:
             until_pause: Called at the begin and after each pause; says how
                 many batches from there on all stages drain for the next one.
 
+        Returns:
+            What the stages did meanwhile.
+
         Raises:
             BaseException: The first failure of anyone, as it was raised, with
                 a note that says where.
         """
         self.usage = [Usage() for _ in self._pipeline.stages]
         self._pace.start()
+        for loop in self._pipeline.loops:
+            loop.probe.reset()
         for limit in epoch.stretches(until_pause):
             self._run(epoch, limit, learning_rate, begin, end)
+        return collect(self._pipeline, self.usage)
 
     def _run(
         self,

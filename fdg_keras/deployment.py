@@ -18,6 +18,7 @@ from fdg_keras.optimizers import StageOptimizers
 from fdg_keras.pipeline import Pipeline, Settings
 from fdg_keras.placement import Relocation
 from fdg_keras.slicing import Graph, Slice
+from fdg_keras.statistics import StageStatistics
 from fdg_keras.threads import uninterrupted
 
 Mode = Literal["train", "test", "predict"]
@@ -35,14 +36,18 @@ class Built:
     trainable: list[list[keras.Variable]]
     pipeline: Pipeline | Emulation
     optimizers: StageOptimizers | None
+    probed: bool
 
-    def serves(self, spec: Spec, compiled: tuple, trainable: list) -> bool:
+    def serves(
+        self, spec: Spec, compiled: tuple, trainable: list, probed: bool
+    ) -> bool:
         """Whether it can be used for this, too."""
         mine = [*self.compiled, *itertools.chain(*self.trainable)]
         others = [*compiled, *itertools.chain(*trainable)]
         return (
             not self.pipeline.closed
             and self.spec == spec
+            and self.probed >= probed
             and len(mine) == len(others)
             and all(a is b for a, b in zip(mine, others))
         )
@@ -65,6 +70,8 @@ class Deployment:
 
     Attributes:
         model: The model.
+        statistics: Of each stage in the last epoch of training; empty before,
+            and if the stages were emulated.
     """
 
     def __init__(
@@ -87,6 +94,7 @@ class Deployment:
         self._left: list[Pipeline | Emulation] = []
         self._jit_compile = False
         self._functions: dict[str, Any] = {}
+        self.statistics: list[StageStatistics] = []
 
     def __enter__(self) -> "Deployment":
         try:
@@ -132,12 +140,12 @@ class Deployment:
     ) -> None:
         """Runs one epoch, within the context. See `Conductor.run`."""
         built = self.build(mode, batches.spec)
+        optimizers = built.optimizers
         run = _runner(built.pipeline, pace)
         with batches.epoch() as epoch:
-            if built.optimizers is None:
+            if optimizers is None:
                 run(epoch, lambda: 0.0, begin, end, lambda: None)
                 return
-            optimizers = built.optimizers
             optimizers.pull()
             before = optimizers.steps
 
@@ -146,22 +154,34 @@ class Deployment:
                 return end(batch, metrics)
 
             rate = optimizers.learning_rate
+            self.statistics = []
             try:
-                run(epoch, rate, begin, counted_end, until_pause)
+                self.statistics = run(
+                    epoch, rate, begin, counted_end, until_pause
+                )
             finally:
                 optimizers.push()
 
-    def build(self, mode: Mode, spec: Spec) -> Built:
+    def build(self, mode: Mode, spec: Spec, probed: bool = False) -> Built:
         """Returns what runs batches like `spec`, built if need be.
 
         To be called within the context.
+
+        Args:
+            mode: What it is for.
+            spec: Of the batches.
+            probed: Whether it must have probes, see `Pipeline`.
         """
         model = self.model
         compiled = () if mode == "predict" else _keras.compiled_parts(model)
         compiled = (*compiled, model.run_eagerly)
         trainable = [part.trainable_variables for part in self._slices]
         built = self._built.get(mode)
-        if built is not None and built.serves(spec, compiled, trainable):
+        # Who asked for probes asked for all epochs, whatever changes meanwhile.
+        probed = probed or (built is not None and built.probed)
+        if built is not None and built.serves(
+            spec, compiled, trainable, probed
+        ):
             return built
         if built is not None and built.pipeline.closed:
             # A thread that was left behind still has it, and must not be the
@@ -192,9 +212,9 @@ class Deployment:
         if model.run_eagerly or (self._emulate and mode == "train"):
             pipeline = Emulation(*parts, model.run_eagerly)
         else:
-            pipeline = Pipeline(*parts, spec, self._jit_compile)
+            pipeline = Pipeline(*parts, spec, self._jit_compile, probed)
         self._built[mode] = Built(
-            spec, compiled, trainable, pipeline, optimizers
+            spec, compiled, trainable, pipeline, optimizers, probed
         )
         return self._built[mode]
 

@@ -23,6 +23,7 @@ from fdg_keras.objective import Objective
 from fdg_keras.pipeline import Settings
 from fdg_keras.slicing import Graph, Slice
 from fdg_keras.stages import Boundary, Stage
+from fdg_keras.statistics import StageStatistics
 from fdg_keras.threads import noting
 from fdg_keras.updates import Update
 
@@ -99,10 +100,15 @@ class Emulation:
         begin: Callable[[int], None],
         end: Callable[[int, dict], bool],
         until_pause: Callable[[], int | None],
-    ) -> None:
-        """Runs an epoch, and drains: see `Conductor.run`."""
+    ) -> list[StageStatistics]:
+        """Runs an epoch, and drains: see `Conductor.run`.
+
+        Returns:
+            Nothing: no stage has a time of its own.
+        """
         for limit in epoch.stretches(until_pause):
             self._stream(pace, epoch, limit, learning_rate, begin, end)
+        return []
 
     def _stream(
         self,

@@ -52,6 +52,16 @@ class Hooks:
         with noting(f"in a callback's `{name}`"):
             getattr(self.callbacks, name)(*args, **kwargs)
 
+    def introduce(self, trainer: Any) -> None:
+        """Tells the trainer to callbacks that have a `set_trainer`.
+
+        Args:
+            trainer: `None` when `fit` has ended, as it may have.
+        """
+        for callback in self.callbacks.callbacks:
+            if hasattr(callback, "set_trainer"):
+                callback.set_trainer(trainer)
+
     def start_epoch(self) -> None:
         """Starts counting batches from 0."""
         self._trained = 0
@@ -114,6 +124,18 @@ class Hooks:
             if not _acts_on_epochs_only(callback)
             for name in names
         )
+
+
+def ask_for_probes(callbacks: Any) -> bool:
+    """Whether a callback has `probes` set, as `PipelineMonitor` does.
+
+    Args:
+        callbacks: As `keras.Model.fit` takes them.
+    """
+    if isinstance(callbacks, keras.callbacks.CallbackList):
+        callbacks = callbacks.callbacks
+    found = keras.tree.flatten(callbacks)
+    return any(getattr(callback, "probes", False) for callback in found)
 
 
 def as_floats(metrics: dict) -> dict[str, Any]:

@@ -82,9 +82,9 @@ class Link:
                 tensor.set_shape(spec.shape)
         return tensors
 
-    def size(self) -> int:
-        """Returns how many tuples wait in the link."""
-        return max(lane.size() for lane in self._lanes)
+    def size(self) -> tf.Tensor:
+        """Returns how many tuples wait in the link, an `int32` scalar."""
+        return self._lanes[0].size()
 
     def close(self) -> None:
         """Closes the link, empties it and wakes all who wait for it."""
@@ -177,8 +177,9 @@ class _Lane:
             )
         return [] if self._empty else list(tensors)
 
-    def size(self) -> int:
-        return int(tf.raw_ops.QueueSizeV2(handle=self._handle))
+    def size(self) -> tf.Tensor:
+        with tf.device(self._place):
+            return tf.raw_ops.QueueSizeV2(handle=self._handle)
 
     def close(self) -> None:
         # Without cancelling, closing would wait for a blocked enqueue.

@@ -11,6 +11,7 @@ from fdg_keras.delays import Order
 from fdg_keras.links import Link, Ports
 from fdg_keras.objective import Objective
 from fdg_keras.placement import host_of
+from fdg_keras.probes import Probe, Wait
 from fdg_keras.stages import Stage
 from fdg_keras.transforms import GradientTransformer
 from fdg_keras.updates import Update
@@ -47,6 +48,7 @@ class Loop:
         transform: Applied to gradients that arrive over a link.
         late: d_k, the delay of the stage in batches.
         order: Whether F or B comes first in a tick.
+        probe: What measures the loop; by default nothing does.
     """
 
     def __init__(
@@ -58,13 +60,15 @@ class Loop:
         transform: GradientTransformer | None = None,
         late: int = 0,
         order: Order = "forward_first",
+        probe: Probe | None = None,
     ):
         self._stage = stage
         self._cut = cut = stage.pair
         self._ports = ports
         self._objective = objective
-        self._update = update
+        self.update = update
         self._transform = transform
+        self.probe = probe or Probe()
         self._late = late if stage.has_backward else 0
         self._update_first = order == "update_first" and self._late > 0
         if self._late and cut.calls_back:
@@ -115,6 +119,11 @@ class Loop:
         return self._ports.all() + stash
 
     @property
+    def progress(self) -> tuple[int, int, int]:
+        """The first batch of this stream, and its forwards and backwards."""
+        return self._first, int(self._forwards), int(self._backwards)
+
+    @property
     def late(self) -> int:
         """How many batches B follows F by, in this loop."""
         return self._late
@@ -128,7 +137,7 @@ class Loop:
 
     def position(self) -> str:
         """Says which batch is in progress, and in which pass."""
-        forwards, backwards = int(self._forwards), int(self._backwards)
+        first, forwards, backwards = self.progress
         # Between F and B of a tick there is one more batch in the stage than
         # between ticks; once there is no F left, there is only B.
         between = self._late - self._update_first
@@ -136,8 +145,8 @@ class Loop:
             forwards == self._forwards_due > backwards
         )
         if backward and self._stage.has_backward:
-            return f"backward or update of batch {self._first + backwards}"
-        return f"forward of batch {self._first + forwards}"
+            return f"backward or update of batch {first + backwards}"
+        return f"forward of batch {first + forwards}"
 
     # -- Tracing --------------------------------------------------------------
 
@@ -146,7 +155,7 @@ class Loop:
             fill: Any, steady: Any, drain: Any, learning_rate: Any
         ) -> tuple:
             with tf.device(self._stage.device):
-                self._update.set_learning_rate(learning_rate)
+                self.update.set_learning_rate(learning_rate)
                 waited = [self._no_time()] * 2
                 if self._late:
                     waited = self._repeat(fill, waited, self._forward_only)
@@ -207,12 +216,14 @@ class Loop:
         """
         stage, ports = self._stage, self._ports
         sources = [ports.feeds, ports.activations_in, ports.targets]
-        waited, (feeds, received, targets) = self._wait_for(sources, [])
+        wait, (feeds, received, targets) = self._wait_for(
+            sources, self.probe.tick()
+        )
         own_loss = []
         if stage.incoming.has_loss:
             *received, loss = received
             own_loss = [loss]
-        weights = self._update.forward_weights(self._forwards)
+        weights = self.update.forward_weights(self._forwards)
         state = [s.read_value() for s in self._state]
         arguments = [*weights, *state, *feeds, *received]
         outputs, own, new_state, made = self._cut.forward(*arguments)
@@ -234,17 +245,19 @@ class Loop:
                 stage.training,
             )
         stash = self._cut.stash(arguments, made)
-        if self._update.kept_specs:
+        if self.update.kept_specs:
             stash += weights
         if self._stash is not None:
             done += self._stash.enqueue(stash)
         ends = done + outputs
-        if self._update.is_corrected:
+        if self.update.is_corrected:
             # They are made of what the update changes: made before it.
             ends += weights
+        ends += self.probe.forward(self._forwards, wait, weights, ends)
         with tf.device(self._host), tf.control_dependencies(ends):
             done.append(self._forwards.assign_add(1, read_value=False))
-        return waited, (stash, gradients), done
+        of_loss = [g for g in gradients if g is not None]
+        return wait.seconds, (stash, of_loss), done
 
     def _backward(
         self, kept: tuple[list, list] = ([], []), after: Sequence = ()
@@ -260,16 +273,20 @@ class Loop:
             Seconds waited, known when the update has been made.
         """
         ports = self._ports
-        waited, (gradients,) = self._wait_for([ports.gradients_in], after)
+        wait, (gradients,) = self._wait_for([ports.gradients_in], after)
+        received = gradients
         if gradients and self._transform is not None:
             gradients = transforms.apply(self._transform, gradients)
-        stash, of_loss = kept
+        seen = self.probe.gradients(
+            self._backwards, received, gradients, self.update.weights
+        )
+        stash, of_loss = (self.probe.start(wait.ended, part) for part in kept)
         if self._stash is not None:
             stash = self._stash.dequeue()
         count = len(self._cut.stash_specs)
         stash, then = stash[:count], stash[count:]
-        gradients += [g for g in of_loss if g is not None]
-        anew = self._update.weights() if self._cut.needs_weights else []
+        gradients += of_loss
+        anew = self.update.weights() if self._cut.needs_weights else []
         assert self._cut.backward is not None
         by_weights, by_inputs = self._cut.backward(*gradients, *stash, *anew)
         by_weights, by_inputs = _ends(by_weights), _ends(by_inputs)
@@ -281,36 +298,38 @@ class Loop:
         # (with `stash="current"` some backwards saw their own update), so
         # whatever must come first is waited for by its result.
         ends = tf.nest.flatten([by_weights, by_inputs], expand_composites=True)
-        with tf.control_dependencies(ends):
+        with tf.control_dependencies([*ends, *seen]):
             rest = iter(by_weights)
             gradients = [
                 next(rest) if has else None
                 for has in self._cut.weight_has_gradient
             ]
-            updated = self._update(gradients, then)
-        with tf.device(self._host), tf.control_dependencies([updated]):
+            updated = self.update(gradients, then)
+        ends = [updated]
+        ends += self.probe.backward(self._backwards, wait, ends)
+        with tf.device(self._host), tf.control_dependencies(ends):
             self._backwards.assign_add(1, read_value=False)
-            return tf.identity(waited)
+            return tf.identity(wait.seconds)
 
     def _wait_for(
         self, links: Sequence[Link | None], after: Sequence
-    ) -> tuple[tf.Tensor, list[list[tf.Tensor]]]:
+    ) -> tuple[Wait, list[list[tf.Tensor]]]:
         """Traces a dequeue from each link, and how long that waits.
 
         Returns:
-            Seconds, and for each link its tensors (none for no link).
+            When, and for each link its tensors (none for no link).
         """
         if not any(links):
-            return self._no_time(), [[] for _ in links]
+            now, *_ = *self.probe.now(after), self._no_time()
+            return Wait(now, now), [[] for _ in links]
         with tf.device(self._host), tf.control_dependencies(after):
             start = tf.timestamp()
         with tf.control_dependencies([start]):
             found = [link.dequeue() if link else [] for link in links]
         tensors = [t for group in found for t in group]
         with tf.device(self._host), tf.control_dependencies(tensors):
-            # The wall clock may be set back.
-            waited = tf.maximum(tf.timestamp() - start, 0.0)
-        return waited, found
+            wait = Wait(start, tf.timestamp())
+        return wait, [self.probe.start(wait.ended, group) for group in found]
 
     def _no_time(self) -> tf.Tensor:
         with tf.device(self._host):

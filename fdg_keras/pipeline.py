@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from fdg_keras import delays
+from fdg_keras import _keras, delays
 from fdg_keras.corrections import Correction
 from fdg_keras.data import Feed, Spec
 from fdg_keras.delays import Order
@@ -17,6 +17,8 @@ from fdg_keras.linearize import Stash
 from fdg_keras.links import Link, Ports
 from fdg_keras.loops import Loop
 from fdg_keras.objective import Objective
+from fdg_keras.placement import host_of
+from fdg_keras.probes import Probe, Recorder
 from fdg_keras.slicing import Graph, Slice
 from fdg_keras.stages import Boundary, Stage
 from fdg_keras.transforms import GradientTransformer
@@ -52,6 +54,7 @@ class Pipeline:
         objective: Loss and metrics; `None` hands out the outputs instead.
         spec: Of the batches.
         jit_compile: Whether XLA compiles forwards, backwards and updates.
+        probed: Whether loops measure what `StageStatistics` are made of.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class Pipeline:
         objective: Objective | None,
         spec: Spec,
         jit_compile: bool,
+        probed: bool = False,
     ):
         self._settings = settings
         self._optimizers = optimizers
@@ -74,6 +78,7 @@ class Pipeline:
         self._objective = objective
         self._input_at = {v: i for i, v in enumerate(graph.inputs)}
         self._spec = spec
+        self._probed = probed
         self.closed = False
         gradients = self._trace()
         self.ports = self._connect(gradients)
@@ -135,7 +140,7 @@ class Pipeline:
 
     def _connect(self, gradients: list[list[bool]]) -> list[Ports]:
         """Makes the links, each on its consumer's device."""
-        capacity = delays.link_capacity(self.delay)
+        capacity = self.capacity
         ports = [Ports() for _ in self.stages]
         for stage in self.stages:
             mine, k = ports[stage.index], stage.index
@@ -175,6 +180,7 @@ class Pipeline:
         if settings is None:
             return Loop(stage, ports, Update(stage.weights), objective)
         k, splits = stage.index, len(self.stages)
+        late = delays.stage_delay(k, splits, settings.delay)
         update = Update(
             stage.weights,
             self._optimizers[k],
@@ -192,9 +198,27 @@ class Pipeline:
             update,
             objective,
             settings.transform,
-            delays.stage_delay(k, splits, settings.delay),
+            late,
             settings.order,
+            self._probe(stage, ports, late),
         )
+
+    def _probe(self, stage: Stage, ports: Ports, late: int) -> Probe:
+        if not self._probed:
+            return Probe()
+        return Recorder(
+            host_of(stage.device),
+            stage.device,
+            [_keras.get_storage(v) for v in stage.weights],
+            ports.activations_in or ports.feeds,
+            ports.gradients_in,
+            late,
+        )
+
+    @property
+    def capacity(self) -> int:
+        """Batches that fit in a link between stages."""
+        return delays.link_capacity(self.delay)
 
     @property
     def delay(self) -> int:

@@ -10,11 +10,12 @@ from fdg_keras.corrections import Correction, check_corrections
 from fdg_keras.data import Batches, validation_batches
 from fdg_keras.delays import Order
 from fdg_keras.deployment import Deployment
-from fdg_keras.hooks import Hooks, capped_epochs
+from fdg_keras.hooks import Hooks, ask_for_probes, capped_epochs
 from fdg_keras.linearize import Stash
 from fdg_keras.pipeline import Settings
 from fdg_keras.placement import resolve_devices
 from fdg_keras.slicing import cut_graph, trace_graph
+from fdg_keras.statistics import StageStatistics
 from fdg_keras.transforms import GradientTransformer
 from fdg_keras.validation import (
     check_emulation,
@@ -185,19 +186,33 @@ class Trainer:
         batches.reset()
         with self._deployment:
             # Slots exist and are in place before callbacks look at them.
-            self._deployment.build("train", batches.spec)
+            self._deployment.build(
+                "train", batches.spec, ask_for_probes(callbacks)
+            )
             hooks = Hooks(
                 self.model, callbacks, verbose, epochs, batches.steps, True
             )
-            return passes.train(
-                self._deployment,
-                batches,
-                validation,
-                hooks,
-                initial_epoch,
-                epochs,
-                validation_freq,
-            )
+            hooks.introduce(self)
+            try:
+                return passes.train(
+                    self._deployment,
+                    batches,
+                    validation,
+                    hooks,
+                    initial_epoch,
+                    epochs,
+                    validation_freq,
+                )
+            finally:
+                hooks.introduce(None)
+
+    @property
+    def statistics(self) -> list[StageStatistics]:
+        """What each stage did in the last epoch of `fit`.
+
+        Empty before there was one, and if the stages were emulated.
+        """
+        return self._deployment.statistics
 
     def evaluate(
         self,

@@ -35,7 +35,8 @@ class Update:
         self._variables = list(variables)
         self._storages = [_keras.get_storage(v) for v in variables]
         self._optimizer = optimizer
-        self._staleness = staleness
+        #: How many updates lie between a batch's forward and its own.
+        self.staleness = staleness
         self._corrections = corrections if staleness else ()
         compares = any(c.compares_weights for c in self._corrections)
         #: Of the forward's weights, if they are to be kept until the update.
@@ -51,6 +52,13 @@ class Update:
         source = _keras.learning_rate_of(self._optimizer)
         if isinstance(source, keras.Variable):
             source.assign(learning_rate)
+
+    def learning_rate(self) -> float:
+        """Returns the rate of the next update, corrections included."""
+        if self._optimizer is None:
+            return 0.0
+        with self._rated():
+            return float(_keras.current_learning_rate(self._optimizer))
 
     @property
     def is_corrected(self) -> bool:
@@ -71,7 +79,7 @@ class Update:
         if not self._corrections:
             return weights
         # Nothing is late before the first update after a drain.
-        staleness = tf.minimum(batch, self._staleness)
+        staleness = tf.minimum(batch, self.staleness)
         with self._rated():
             for correction in self._corrections:
                 assert self._optimizer is not None
@@ -88,7 +96,7 @@ class Update:
         if optimizer is None or not self._corrections:
             return contextlib.nullcontext()
         step = tf.convert_to_tensor(optimizer.iterations)
-        factors = [c.rate(step, self._staleness) for c in self._corrections]
+        factors = [c.rate(step, self.staleness) for c in self._corrections]
         return _keras.scaled_learning_rate(optimizer, math.prod(factors))
 
     def __call__(
