@@ -174,7 +174,7 @@ def _draw_legend(
     for kind, text in (
         ("F", "forward"),
         ("B", "backward and update (the number is the batch)"),
-        ("", "waiting (blank: not run, for want of a processor say)"),
+        ("", "waiting (blank: neither)"),
     ):
         area = (x, 56, x + 34, 78)
         if kind:
