@@ -23,10 +23,11 @@ import tensorflow_datasets as tfds
 import fdg_keras
 from fdg_keras.delays import Order
 from fdg_keras.linearize import Stash
-from trainers import datasets, models
+from trainers import datasets, local_losses, models
 from trainers.callbacks import EpochTimer, Keep
 from trainers.run_folder import RunFolder
 
+TRAININGS = ("delayed_gradients", "local_losses", "data_parallel")
 OPTIMIZERS = ("sgd", "adam", "adamw")
 CORRECTIONS = ("weight_prediction", "delay_compensation", "lr_rescheduling")
 POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16"}
@@ -41,8 +42,11 @@ class Recipe:
         model: A name in `models.NETWORKS`.
         batch_size: Images in a batch.
         train_epochs: Epochs.
+        training: One of `TRAININGS`: by delayed gradients; by a loss for each
+            stage, see `local_losses`; or by `keras.Model.fit`, each batch
+            divided among devices.
         splits: Number of stages, or names of layers to cut after. 1 is
-            back-propagation.
+            back-propagation. With `"data_parallel"`, the number of devices.
         delay: Batches of delay per hop; 0 is back-propagation.
         shrink: Factor for a gradient at each hop, in (0, 1].
         stash: See `fdg_keras.Trainer`.
@@ -52,6 +56,8 @@ class Recipe:
         optimizer: One of `OPTIMIZERS`.
         learning_rate: See `learning_rate`.
         momentum: Of SGD.
+        accumulate: Batches whose gradients are averaged for one update.
+            Default: 1.
         weight_decay: PyTorch's, that is, a part of the gradient with SGD and
             Adam (see `layers.Layers`), and apart from it with AdamW.
         warmup_epochs: Epochs at a tenth of the learning rate, at the start.
@@ -67,6 +73,7 @@ class Recipe:
     model: str = "resnet20"
     batch_size: int = 128
     train_epochs: int = 300
+    training: str = "delayed_gradients"
     splits: int | Sequence[str] = 2
     delay: int = 2
     shrink: float = 1.0
@@ -77,6 +84,7 @@ class Recipe:
     optimizer: str = "sgd"
     learning_rate: float = 0.1
     momentum: float = 0.9
+    accumulate: int | None = None
     weight_decay: float = 5e-4
     warmup_epochs: int = 0
     lr_boundaries: Sequence[int] | None = None
@@ -117,7 +125,7 @@ class Run:
         devices: See `fdg_keras.Trainer`.
 
     Attributes:
-        trainer: The `fdg_keras.Trainer`.
+        trainer: The `fdg_keras.Trainer`; the model if data parallel.
         first_epoch: The epoch it begins with, counted from 0.
 
     Raises:
@@ -147,13 +155,30 @@ class Run:
             recipe.limit,
         )
         self.first_epoch = self._folder.epochs
-        if self.first_epoch:
-            model = self._folder.load()
+        if recipe.training == "data_parallel":
+            strategy = _strategy(recipe, devices)
+            with strategy.scope():
+                self.trainer: Any = self._model()
+            devices = list(strategy.extended.worker_devices)
         else:
-            model = _build(recipe, self._data.description)
-        self.trainer = fdg_keras.Trainer(
+            self.trainer = self._in_stages(self._model(), devices)
+            devices = [stage.device for stage in self.trainer.plan.stages]
+        self._folder.begin(devices, _versions())
+
+    def _model(self) -> keras.Model:
+        if self.first_epoch:
+            return self._folder.load()
+        return _build(self.recipe, self._data.description)
+
+    def _in_stages(
+        self, model: keras.Model, devices: Sequence[str] | None
+    ) -> fdg_keras.Trainer:
+        recipe, splits = self.recipe, self.recipe.splits
+        if recipe.training == "local_losses":
+            splits = local_losses.cuts(model)
+        return fdg_keras.Trainer(
             model,
-            splits=recipe.splits,
+            splits=splits,
             devices=devices,
             delay=recipe.delay,
             shrink=recipe.shrink,
@@ -162,8 +187,6 @@ class Run:
             corrections=_corrections(recipe, self._data.steps_per_epoch),
             emulate=recipe.emulate,
         )
-        devices = [stage.device for stage in self.trainer.plan.stages]
-        self._folder.begin(devices, _versions())
 
     def train(
         self,
@@ -183,13 +206,18 @@ class Run:
         """
         recipe = self.recipe
         timer = EpochTimer()
+        training = self._data.training(self.first_epoch, recipe.train_epochs)
+        test = self._data.test
+        if recipe.training == "local_losses":
+            training = local_losses.with_labels(training)
+            test = local_losses.with_labels(test)
         if self.first_epoch < recipe.train_epochs:
             self.trainer.fit(
-                self._data.training(self.first_epoch, recipe.train_epochs),
+                training,
                 epochs=recipe.train_epochs,
                 initial_epoch=self.first_epoch,
                 steps_per_epoch=self._data.steps_per_epoch,
-                validation_data=self._data.test,
+                validation_data=test,
                 shuffle=False,  # the data set does
                 verbose=verbose,
                 callbacks=[
@@ -202,17 +230,40 @@ class Run:
                     Keep(self._folder, timer),
                 ],
             )
+        model = getattr(self.trainer, "model", self.trainer)
+        if recipe.training == "local_losses":
+            model = local_losses.remove(model)
         history = self._folder.history()
         return {
             "test_error": 100 * (1 - history[-1]["val_accuracy"]),
             "history": history,
-            "model": self._folder.finish(self.trainer.model),
+            "model": self._folder.finish(model),
         }
+
+
+def _strategy(
+    recipe: Recipe, devices: Sequence[str] | None
+) -> tf.distribute.Strategy:
+    """Returns what has the variables on all devices."""
+    gpus = tf.config.list_logical_devices("GPU")
+    found = devices or [
+        device.name for device in gpus or tf.config.list_logical_devices("CPU")
+    ]
+    if not isinstance(recipe.splits, int) or recipe.splits > len(found):
+        raise ValueError(
+            "Expected `splits` to be the number of devices to train on, at "
+            f"most {len(found)}. Received: splits={recipe.splits!r}"
+        )
+    # Its own choice, collective operations, fails between CPUs once batch
+    # normalization has averages to share: "Shape mismatch in the collective".
+    reduction = None if gpus else tf.distribute.ReductionToOneDevice()
+    return tf.distribute.MirroredStrategy(found[: recipe.splits], reduction)
 
 
 def _build(recipe: Recipe, data: datasets.Description) -> keras.Model:
     """Returns the network, compiled; the same weights for one seed."""
     for name, value, known in (
+        ("training", recipe.training, TRAININGS),
         ("optimizer", recipe.optimizer, OPTIMIZERS),
         ("dtype", recipe.dtype, tuple(POLICIES)),
     ):
@@ -231,18 +282,22 @@ def _build(recipe: Recipe, data: datasets.Description) -> keras.Model:
             data.image_shape,
             0.0 if decoupled else recipe.weight_decay,
         )
+        if recipe.training == "local_losses":
+            model = local_losses.add(model, recipe.splits)
     finally:
         keras.config.set_dtype_policy(policy)
+    settings: dict[str, Any] = {
+        "learning_rate": recipe.learning_rate,
+        "gradient_accumulation_steps": recipe.accumulate,
+    }
     if recipe.optimizer == "sgd":
-        optimizer = keras.optimizers.SGD(
-            recipe.learning_rate, momentum=recipe.momentum
-        )
+        optimizer = keras.optimizers.SGD(momentum=recipe.momentum, **settings)
     elif decoupled:
         optimizer = keras.optimizers.AdamW(
-            recipe.learning_rate, weight_decay=recipe.weight_decay
+            weight_decay=recipe.weight_decay, **settings
         )
     else:
-        optimizer = keras.optimizers.Adam(recipe.learning_rate)
+        optimizer = keras.optimizers.Adam(**settings)
     model.compile(
         optimizer,
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
