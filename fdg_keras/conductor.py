@@ -10,6 +10,7 @@ flight.
 
 import contextlib
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,12 +21,13 @@ from fdg_keras.pipeline import Pipeline
 from fdg_keras.statistics import StageStatistics, Usage, collect
 from fdg_keras.threads import Crew, Inbox, noting
 
-# What a stage says when it has run the last part.
-_DRAINED = object()
+# What a stage says when it has run the last part, and, but for the last stage,
+# when it has run a window that all are waited for.
+_DRAINED, _RUN = object(), object()
 
 # Once training was stopped, a data set that blocks is waited for so long, and
 # looked at so often.
-_BLOCKS_S = 1.5
+_BLOCKS_S = 2.5
 _GLANCE_S = 0.25
 
 
@@ -65,8 +67,9 @@ class Conductor:
             begin: Called with the first batch of a window before that window
                 can be the last one announced.
             end: Called with the last batch of a window, and the metrics then,
-                after the last stage has run it; after the last window before a
-                pause or the end of the epoch, when all have drained. If it
+                after the last stage has run it; without delay, and after the
+                last window before a pause or the end of the epoch, when all
+                have, and nothing is in motion. If it
                 returns true nothing more is announced; what was announced is
                 still run.
             until_pause: Called at the begin and after each pause; says how
@@ -132,6 +135,8 @@ class Conductor:
         end: Callable[[int, dict], bool],
     ) -> None:
         """Announces windows and receives them, in the caller's thread."""
+        stages = len(self._pipeline.stages)
+        others = 0 if self._pipeline.delay else stages - 1
         announced = ended = drained = 0
         last = False
 
@@ -150,13 +155,16 @@ class Conductor:
                 ):
                     begin(begun)
             announce(self._ahead())
-            window_ended = False
-            while not window_ended or (
-                last and drained < len(self._pipeline.stages)
+            window_ended, run = False, 0
+            while (
+                not window_ended or run < others or (last and drained < stages)
             ):
                 message = self._receive(crew, feeder, epoch)
                 if message is _DRAINED:
                     drained += 1
+                    continue
+                if message is _RUN:
+                    run += 1
                     continue
                 part, report = message
                 epoch.drawn = epoch.drawn_before + part.stop
@@ -178,7 +186,14 @@ class Conductor:
             except TimeoutError:
                 if feeder.draws_since() > _BLOCKS_S:
                     # Nobody wants these batches: end with those that came.
-                    feeder.give_up()
+                    if feeder.give_up():
+                        warnings.warn(
+                            "Training was stopped, and the data set takes "
+                            f"more than {_BLOCKS_S} seconds to draw a batch: "
+                            "it is not waited for, and batches that were "
+                            "announced before are not trained.",
+                            stacklevel=2,
+                        )
                     crew.leave()
 
     @contextlib.contextmanager
@@ -210,6 +225,7 @@ class Conductor:
             self.usage[k],
         )
         is_final = stage is self._pipeline.stages[-1]
+        is_locked = not self._pipeline.delay
 
         def work() -> None:
             ended = time.perf_counter()
@@ -243,6 +259,8 @@ class Conductor:
                     self._pace.measure(part.stop - part.start)
                     feeder.advance(part.stop)
                     crew.send((part, report))
+                elif is_locked and part.ends_window:
+                    crew.send(_RUN)
                 if part.last:
                     crew.send(_DRAINED)
                     return

@@ -139,7 +139,7 @@ class Deployment:
         until_pause: Callable[[], int | None],
     ) -> None:
         """Runs one epoch, within the context. See `Conductor.run`."""
-        built = self.build(mode, batches.spec)
+        built = self.build(mode, batches.spec, goes_on=mode == "train")
         optimizers = built.optimizers
         run = _runner(built.pipeline, pace)
         with batches.epoch() as epoch:
@@ -162,7 +162,13 @@ class Deployment:
             finally:
                 optimizers.push()
 
-    def build(self, mode: Mode, spec: Spec, probed: bool = False) -> Built:
+    def build(
+        self,
+        mode: Mode,
+        spec: Spec,
+        probed: bool = False,
+        goes_on: bool = False,
+    ) -> Built:
         """Returns what runs batches like `spec`, built if need be.
 
         To be called within the context.
@@ -171,12 +177,16 @@ class Deployment:
             mode: What it is for.
             spec: Of the batches.
             probed: Whether it must have probes, see `Pipeline`.
+            goes_on: Whether layers that were frozen or thawed since are left
+                as they were: Keras, too, obeys when `fit` begins.
         """
         model = self.model
         compiled = () if mode == "predict" else _keras.compiled_parts(model)
         compiled = (*compiled, model.run_eagerly)
         trainable = [part.trainable_variables for part in self._slices]
         built = self._built.get(mode)
+        if built is not None and goes_on:
+            trainable = built.trainable
         # Who asked for probes asked for all epochs, whatever changes meanwhile.
         probed = probed or (built is not None and built.probed)
         if built is not None and built.serves(
@@ -235,10 +245,21 @@ def _runner(pipeline: Pipeline | Emulation, pace: Pace) -> Callable:
     return Conductor(pipeline, pace).run
 
 
+def check_idle(model: keras.Model) -> None:
+    """Checks that a model is not in stages now, to be trained by others.
+
+    Raises:
+        ValueError: If it is.
+    """
+    if vars(model).get("make_train_function") is _refuse_to_train:
+        _refuse_to_train()
+
+
 def _refuse_to_train(force: bool = False) -> None:
     raise ValueError(
-        "`model.fit` and `model.train_on_batch` cannot be called within "
-        "`fdg_keras.fit`, by a callback say: the model's variables are on the "
-        "devices of their stages. Train before or after it; `model.evaluate` "
-        "and `model.predict` may be called."
+        "A model cannot be trained within `fdg_keras.fit`, by a callback or "
+        "another thread say: its variables are on the devices of their stages. "
+        "Expected `model.fit`, `model.train_on_batch` and `fdg_keras.fit` to "
+        "be called before or after it; `evaluate` and `predict` may be called. "
+        "Received: a call meanwhile"
     )

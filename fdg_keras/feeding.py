@@ -137,9 +137,13 @@ class Feeder:
         started = self._drawing
         return 0.0 if started is None else time.perf_counter() - started
 
-    def give_up(self) -> None:
-        """Ends the stream with what was announced, if it has not ended yet."""
-        self._announce(None, True, True)
+    def give_up(self) -> bool:
+        """Ends the stream with what was announced.
+
+        Returns:
+            Whether it had not ended before.
+        """
+        return self._announce(None, True, True)
 
     def run(self) -> None:
         """Feeds until the data or the orders end."""
@@ -189,10 +193,10 @@ class Feeder:
 
     def _announce(
         self, stop: int | None, ends_window: bool, last: bool
-    ) -> None:
+    ) -> bool:
         with self._lock:
             if self._has_ended:
-                return
+                return False
             if stop is None:
                 stop = self._position
             part = Part(self._position, stop, ends_window, last, self._rate)
@@ -200,3 +204,4 @@ class Feeder:
                 inbox.put(part)
             self._position = stop
             self._has_ended = last
+            return True

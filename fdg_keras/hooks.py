@@ -1,6 +1,10 @@
 """Keras' callbacks, called as Keras calls them."""
 
+import contextlib
+import numbers
+import traceback
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -9,6 +13,13 @@ import numpy as np
 from fdg_keras import _keras
 from fdg_keras.feeding import Pace
 from fdg_keras.threads import noting
+
+_TRAIN_HOOKS = (
+    "on_train_batch_begin",
+    "on_train_batch_end",
+    "on_batch_begin",
+    "on_batch_end",
+)
 
 
 class Hooks:
@@ -49,18 +60,45 @@ class Hooks:
 
     def call(self, name: str, *args: Any, **kwargs: Any) -> None:
         """Calls a hook of all callbacks, one that is not about batches."""
-        with noting(f"in a callback's `{name}`"):
+        with noting(f"in a callback's `{name}`"), _naming():
             getattr(self.callbacks, name)(*args, **kwargs)
 
-    def introduce(self, trainer: Any) -> None:
-        """Tells the trainer to callbacks that have a `set_trainer`.
+    @contextlib.contextmanager
+    def introduced(self, trainer: Any) -> Iterator[None]:
+        """Within, callbacks that have a `set_trainer` know the trainer.
+
+        Afterwards, however it ends, they are told `None`.
+        """
+        found = self.callbacks.callbacks
+        curious = [c for c in found if hasattr(c, "set_trainer")]
+        for callback in curious:
+            callback.set_trainer(trainer)
+        try:
+            yield
+        finally:
+            for callback in curious:
+                callback.set_trainer(None)
+
+    def warn_of_motion(self, delay: int) -> None:
+        """Warns of hooks that may look at weights that are in motion.
 
         Args:
-            trainer: `None` when `fit` has ended, as it may have.
+            delay: Batches of delay per hop, 1 or more.
         """
         for callback in self.callbacks.callbacks:
-            if hasattr(callback, "set_trainer"):
-                callback.set_trainer(trainer)
+            listens = any(_overrides(callback, name) for name in _TRAIN_HOOKS)
+            own = _is_users(callback) and not hasattr(callback, "drain_every")
+            if listens and own:
+                warnings.warn(
+                    f"{type(callback).__name__} has hooks that are called at "
+                    f"batches, while stages are at others (delay={delay}): "
+                    "weights that it reads or sets there are in motion, and "
+                    "runs with one seed may differ. If it does, give it an "
+                    "attribute `drain_every = 1`, and all stages drain first, "
+                    "which takes time; if it looks at logs and the learning "
+                    "rate only, `drain_every = None`.",
+                    stacklevel=4,
+                )
 
     def start_epoch(self) -> None:
         """Starts counting batches from 0."""
@@ -68,7 +106,8 @@ class Hooks:
 
     def begin(self, mode: str, batch: int) -> None:
         """Tells callbacks that a window begins, by its first batch."""
-        getattr(self.callbacks, f"on_{mode}_batch_begin")(batch)
+        with _naming():
+            getattr(self.callbacks, f"on_{mode}_batch_begin")(batch)
 
     def end(self, mode: str, batch: int, logs: dict) -> None:
         """Tells callbacks that a window has ended, by its last batch."""
@@ -77,7 +116,8 @@ class Hooks:
         if asked:
             # Keras counts windows: a short last one has the index of a whole.
             batch = -(-self._trained // asked) * asked - 1
-        getattr(self.callbacks, f"on_{mode}_batch_end")(batch, logs)
+        with _naming():
+            getattr(self.callbacks, f"on_{mode}_batch_end")(batch, logs)
 
     def pace(self, mode: str) -> Pace:
         """Returns how long windows are, the same object every time.
@@ -112,9 +152,9 @@ class Hooks:
         return min((n for n in found if n is not None), default=None)
 
     def _listens_to_batches(self, mode: str) -> bool:
-        names = [f"on_{mode}_batch_begin", f"on_{mode}_batch_end"]
-        if mode == "train":
-            names += ["on_batch_begin", "on_batch_end"]
+        names: tuple[str, ...] = _TRAIN_HOOKS
+        if mode != "train":
+            names = (f"on_{mode}_batch_begin", f"on_{mode}_batch_end")
         found = self.callbacks.callbacks
         if mode == "train" and any(getattr(c, "drain_every", 0) for c in found):
             return True
@@ -141,10 +181,13 @@ def ask_for_probes(callbacks: Any) -> bool:
 def as_floats(metrics: dict) -> dict[str, Any]:
     """Returns metric results as Python floats, or arrays if they have a shape.
 
-    As `keras.Model.fit` does.
+    As `keras.Model.fit` does; a metric may have several values by name.
     """
-    found = {}
+    found: dict[str, Any] = {}
     for name, value in metrics.items():
+        if isinstance(value, dict):
+            found |= as_floats(value)
+            continue
         array = np.asarray(value)
         found[name] = array if array.shape else float(array)
     return found
@@ -161,9 +204,32 @@ def capped_epochs(epochs: int) -> int:
 
 def validates(epoch: int, validation_freq: Any) -> bool:
     """Returns whether `fit` validates after `epoch`, counted from 0."""
-    if isinstance(validation_freq, int):
+    if isinstance(validation_freq, numbers.Integral):
         return (epoch + 1) % validation_freq == 0
     return (epoch + 1) in validation_freq
+
+
+@contextlib.contextmanager
+def _naming() -> Iterator[None]:
+    """Says of which class the callback is that raises."""
+    try:
+        yield
+    except BaseException as error:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            # Keras' list calls one after the other.
+            if isinstance(
+                frame.f_locals.get("self"), keras.callbacks.CallbackList
+            ):
+                name = type(frame.f_locals.get("callback")).__name__
+                error.add_note(f"The callback is a {name}.")
+        raise
+
+
+def _is_users(callback: keras.callbacks.Callback) -> bool:
+    """Whether what a callback does is not known: it is not of Keras."""
+    if isinstance(callback, keras.callbacks.LambdaCallback):
+        return True
+    return not type(callback).__module__.startswith("keras.")
 
 
 def _overrides(callback: keras.callbacks.Callback, name: str) -> bool:

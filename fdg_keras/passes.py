@@ -11,6 +11,7 @@ from fdg_keras.data import Batches
 from fdg_keras.deployment import Deployment, Mode
 from fdg_keras.hooks import Hooks, as_floats, validates
 from fdg_keras.slicing import Graph
+from fdg_keras.threads import noting
 
 
 def train(
@@ -34,14 +35,15 @@ def train(
     hooks.call("on_train_begin")
     first = _keras.initial_epoch_of(model) or initial_epoch
     for epoch in range(first, epochs):
-        model.reset_metrics()
-        hooks.call("on_epoch_begin", epoch)
-        _run(deployment, "train", batches, hooks, end)
-        logs = as_floats(model.get_metrics_result())
-        if validation is not None and validates(epoch, validation_freq):
-            tested = test(deployment, validation, hooks)
-            logs.update({f"val_{k}": v for k, v in tested.items()})
-        hooks.call("on_epoch_end", epoch, logs)
+        with noting(f"in epoch {epoch + 1} of {epochs}"):
+            model.reset_metrics()
+            hooks.call("on_epoch_begin", epoch)
+            _run(deployment, "train", batches, hooks, end)
+            logs = as_floats(model.get_metrics_result())
+            if validation is not None and validates(epoch, validation_freq):
+                tested = test(deployment, validation, hooks)
+                logs.update({f"val_{k}": v for k, v in tested.items()})
+            hooks.call("on_epoch_end", epoch, logs)
         if model.stop_training:
             break
     if epochs > 0:

@@ -9,7 +9,7 @@ from fdg_keras import _keras, passes, planning, transforms
 from fdg_keras.corrections import Correction, check_corrections
 from fdg_keras.data import Batches, validation_batches
 from fdg_keras.delays import Order
-from fdg_keras.deployment import Deployment
+from fdg_keras.deployment import Deployment, check_idle
 from fdg_keras.hooks import Hooks, ask_for_probes, capped_epochs
 from fdg_keras.linearize import Stash
 from fdg_keras.pipeline import Settings
@@ -19,6 +19,7 @@ from fdg_keras.statistics import StageStatistics
 from fdg_keras.transforms import GradientTransformer
 from fdg_keras.validation import (
     check_emulation,
+    check_epochs,
     check_model,
     check_settings,
     check_sizes,
@@ -111,11 +112,13 @@ class Trainer:
         )
         slices = cut_graph(graph, cuts)
         self.plan = planning.make_plan(graph, slices, names)
-        settings = Settings(int(delay), order, stash, transform, corrected)
-        self._deployment = Deployment(
-            model, graph, slices, names, settings, emulate
+        self._settings = Settings(
+            int(delay), order, stash, transform, corrected
         )
-        self._emulate, self._stash = emulate, stash
+        self._emulate = emulate
+        self._deployment = Deployment(
+            model, graph, slices, names, self._settings, emulate
+        )
 
     def fit(
         self,
@@ -149,7 +152,8 @@ class Trainer:
             ValueError: If the data do not fit the model, or are empty.
         """
         check_model(self.model)
-        check_emulation(self.model, self._emulate, self._stash)
+        check_idle(self.model)
+        check_emulation(self.model, self._emulate, self._settings.stash)
         if self._emulate and verbose:
             print(f"Emulating {len(self.plan.stages)} stages, one by one.")
         check_sizes(
@@ -160,6 +164,7 @@ class Trainer:
             validation_split,
             validation_freq,
         )
+        check_epochs(epochs, initial_epoch)
         epochs = capped_epochs(epochs)
         if validation_split and validation_data is None:
             (x, y, sample_weight), validation_data = (
@@ -192,8 +197,9 @@ class Trainer:
             hooks = Hooks(
                 self.model, callbacks, verbose, epochs, batches.steps, True
             )
-            hooks.introduce(self)
-            try:
+            if self._is_in_motion:
+                hooks.warn_of_motion(self._settings.delay)
+            with hooks.introduced(self):
                 return passes.train(
                     self._deployment,
                     batches,
@@ -203,8 +209,14 @@ class Trainer:
                     epochs,
                     validation_freq,
                 )
-            finally:
-                hooks.introduce(None)
+
+    @property
+    def _is_in_motion(self) -> bool:
+        """Whether stages train other batches than callbacks are told of."""
+        staged = len(self.plan.stages) > 1 and not self._emulate
+        return bool(
+            staged and self._settings.delay and not self.model.run_eagerly
+        )
 
     @property
     def statistics(self) -> list[StageStatistics]:
@@ -230,7 +242,7 @@ class Trainer:
         Takes and returns what `keras.Model.evaluate` does.
         """
         check_model(self.model)
-        check_sizes(batch_size, steps)
+        check_sizes(batch_size, steps=steps)
         batches = Batches(
             self._graph,
             steps,
@@ -261,7 +273,7 @@ class Trainer:
         Takes and returns what `keras.Model.predict` does: NumPy arrays
         `[N, ...]` in the structure of the model's outputs.
         """
-        check_sizes(batch_size, steps)
+        check_sizes(batch_size, steps=steps)
         batches = Batches(
             self._graph, steps, x=x, batch_size=batch_size, shuffle=False
         )

@@ -96,11 +96,12 @@ def check_emulation(model: keras.Model, emulate: bool, stash: str) -> None:
 
 def check_sizes(
     batch_size: Any,
-    steps: Any = None,
+    steps_per_epoch: Any = None,
     validation_batch_size: Any = None,
     validation_steps: Any = None,
     validation_split: Any = 0.0,
     validation_freq: Any = 1,
+    steps: Any = None,
 ) -> None:
     """Checks arguments of `fit`, `evaluate` and `predict`.
 
@@ -119,7 +120,8 @@ def check_sizes(
     for name, size, otherwise in (
         ("batch_size", batch_size, "32 samples"),
         ("validation_batch_size", validation_batch_size, "`batch_size`"),
-        ("steps_per_epoch", steps, "all batches"),
+        ("steps_per_epoch", steps_per_epoch, "all batches"),
+        ("steps", steps, "all batches"),
         ("validation_steps", validation_steps, "all batches"),
     ):
         if size is not None and not _is_count(size):
@@ -127,13 +129,25 @@ def check_sizes(
                 f"Expected `{name}` to be a whole number, 1 or more, or "
                 f"`None` for {otherwise}. Received: {size!r}"
             )
-    if isinstance(validation_freq, numbers.Number) and not _is_count(
-        validation_freq
-    ):
+    epochs = isinstance(validation_freq, (list, tuple, set, range))
+    if not epochs and not _is_count(validation_freq):
         raise ValueError(
             "Expected `validation_freq` to be a whole number of epochs, 1 or "
             f"more, or a list of epochs. Received: {validation_freq!r}"
         )
+
+
+def check_epochs(epochs: Any, initial_epoch: Any) -> None:
+    """Checks which epochs `fit` is to train.
+
+    Raises:
+        ValueError: If they are no whole numbers.
+    """
+    for name, value in (("epochs", epochs), ("initial_epoch", initial_epoch)):
+        if not isinstance(value, numbers.Integral):
+            raise ValueError(
+                f"Expected `{name}` to be a whole number. Received: {value!r}"
+            )
 
 
 def _is_count(value: Any) -> bool:

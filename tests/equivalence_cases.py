@@ -289,6 +289,17 @@ class Shrink(callbacks.Callback):
             weight.assign(0.9 * weight)
 
 
+class Step(callbacks.Callback):
+    """Reads weights after each batch, and changes them before each."""
+
+    def on_train_batch_begin(self, batch: int, logs: dict | None = None):
+        Shrink.on_epoch_end(self, 0)
+
+    def on_train_batch_end(self, batch: int, logs: dict | None = None):
+        weights = self.model.trainable_weights
+        logs["size"] = sum(float(np.abs(w.numpy()).sum()) for w in weights)
+
+
 class WarmUp(callbacks.Callback):
     """Sets the learning rate before and after each batch."""
 
@@ -342,5 +353,6 @@ CALLBACKS: dict[str, Callable[[Path], callbacks.Callback]] = {
     ),
     "shrink": lambda path: Shrink(),
     "warm-up": lambda path: WarmUp(),
+    "step": lambda path: Step(),
     "predict": lambda path: Predict(),
 }

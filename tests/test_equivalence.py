@@ -83,9 +83,11 @@ mlp            2 classes    adagrad    csv
 mlp            2 split      rmsprop    plateau
 mlp            3 tensors    lamb       best       yes
 mlp            2 done       sgd        csv
+plain_mlp      3 arrays     adam       step
+conv           3 dataset    momentum   step
 plain_mlp      3 turning    muon       none
 plain_mlp      2 val-steps  adafactor  scheduler
-plain_mlp      4 weights    lion       lambda
+plain_mlp      4 weights    lion       lambda     yes
 plain_mlp      2 torch      adam       none
 plain_mlp      2 val        ema        swap
 plain_mlp      2 later      ema        swap-e
@@ -98,7 +100,7 @@ gru            2 weights    nadam      csv        yes
 attention      2 generator  adamw      backup
 raw_operations 2 dataset    lamb       none
 two_inputs     2 val-list   adamax     plateau
-two_inputs     3 dataset    decay      none
+two_inputs     3 dataset    decay      none       yes
 named          2 arrays     cosine     board-b
 named          2 dataset    amsgrad    scheduler
 named          2 weights    rmsprop-c  checkpoint
@@ -110,14 +112,15 @@ frozen         2 later      ema-over   best
 frozen         3 weights    adam       shrink     yes
 frozen_end     2 arrays     steps      lambda     yes
 activity       2 split-w    ftrl       none
+gru            3 tensors    adamw      none       yes
 custom         2 val        schedule   csv
 custom         2 sequence   muon       none       yes
 weightless     3 workers    scaled     backup
 raw_operations 2 generator  cosine     batches
 integers       2 val-freq   rmsprop    stopping
 frozen         2 overflow   clipvalue  nan
-loaded         2 arrays     adam       board
-cloned         2 unknown    nesterov   none
+loaded         2 arrays     adam       board      yes
+cloned         2 unknown    nesterov   none       yes
 bfloat16       2 arrays     adam       none
 """
 

@@ -878,6 +878,54 @@ class Snapshots(keras.callbacks.Callback):
             self.taken[batch + 1] = (steps, self.model.get_weights())
 
 
+class Halve(keras.callbacks.Callback):
+    """Changes weights after each batch."""
+
+    def on_train_batch_end(self, batch, logs=None):
+        for weight in self.model.trainable_weights:
+            weight.assign(0.5 * weight)
+
+
+def test_a_callback_is_warned_of_weights_in_motion():
+    with pytest.warns(UserWarning, match=r"Halve has hooks.*`drain_every = 1`"):
+        fdg_keras.fit(make_model(), X, Y, callbacks=[Halve()], **FIT)
+
+
+@pytest.mark.filterwarnings("error:.*are in motion")
+def test_who_is_not_warned_of_weights_in_motion(tmp_path):
+    quiet = Halve()
+    quiet.drain_every = None
+    saves = keras.callbacks.ModelCheckpoint(tmp_path / "a.keras", save_freq=2)
+    found = [quiet, saves, keras.callbacks.TerminateOnNaN()]
+    fdg_keras.fit(make_model(), X, Y, callbacks=found, **FIT)
+    fdg_keras.fit(make_model(), X, Y, delay=0, callbacks=[Halve()], **FIT)
+    fdg_keras.fit(make_model(), X, Y, emulate=True, callbacks=[Halve()], **FIT)
+
+
+def test_weights_changed_where_stages_drain():
+    """The same in each run, and as if each batch were a stream of its own."""
+    models = []
+    for _ in range(2):
+        halve, model = Halve(), make_model()
+        halve.drain_every = 1
+        fdg_keras.fit(model, X, Y, splits=3, callbacks=[halve], **FIT)
+        models.append(model)
+    assert_identical_weights(*models)
+    expected = make_model()
+    trainer = fdg_keras.Trainer(expected, splits=3)
+    for start in range(0, N, FIT["batch_size"]):
+        rows = slice(start, start + FIT["batch_size"])
+        trainer.fit(X[rows], Y[rows], **FIT)
+        halving(expected).on_train_batch_end(0)
+    assert_identical_weights(models[0], expected)
+
+
+def halving(model):
+    callback = Halve()
+    callback.set_model(model)
+    return callback
+
+
 def test_a_pause_is_the_end_of_a_stream():
     """Drained after 4 batches: as if the data had ended there, and goes on."""
     paused, pieces = make_model(), make_model()
