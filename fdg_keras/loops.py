@@ -280,7 +280,9 @@ class Loop:
         seen = self.probe.gradients(
             self._backwards, received, gradients, self.update.weights
         )
-        stash, of_loss = (self.probe.start(wait.ended, part) for part in kept)
+        stash = self.probe.start(wait.ended, kept[0])
+        with tf.control_dependencies([wait.ended]):
+            of_loss = [tf.identity(g) for g in kept[1]]
         if self._stash is not None:
             stash = self._stash.dequeue()
         count = len(self._cut.stash_specs)
@@ -320,7 +322,8 @@ class Loop:
             When, and for each link its tensors (none for no link).
         """
         if not any(links):
-            now, *_ = *self.probe.now(after), self._no_time()
+            with tf.device(self._host), tf.control_dependencies(after):
+                now = tf.timestamp() if after else self._no_time()
             return Wait(now, now), [[] for _ in links]
         with tf.device(self._host), tf.control_dependencies(after):
             start = tf.timestamp()

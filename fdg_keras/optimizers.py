@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from fdg_keras import _keras
 from fdg_keras.placement import Relocation
+from fdg_keras.threads import uninterrupted
 
 
 def check_optimizer(optimizer: Any) -> None:
@@ -53,8 +54,9 @@ def check_optimizer(optimizer: Any) -> None:
 def is_scale_invariant(optimizer: keras.optimizers.Optimizer) -> bool:
     """Whether a gradient times a constant makes (nearly) the same update."""
     o = keras.optimizers
-    kinds = (o.Adam, o.Adamax, o.Nadam, o.RMSprop, o.Adagrad, o.Adadelta)
-    return isinstance(optimizer, (*kinds, o.Adafactor, o.Lion, o.Lamb))
+    adaptive = (o.Adam, o.Adamax, o.Nadam, o.RMSprop, o.Adagrad, o.Adadelta)
+    others = (o.Adafactor, o.Lion, o.Lamb, o.Muon, o.ScheduleFreeAdamW)
+    return isinstance(optimizer, (*adaptive, *others))
 
 
 class StageOptimizers:
@@ -84,7 +86,7 @@ class StageOptimizers:
         self._whole = optimizer
         # Keras' optimizers know a variable by its storage, and must know those
         # of the model when the model is trained without stages again.
-        with relocation.at_home():
+        with relocation.at_home(), uninterrupted():
             if not optimizer.built:
                 optimizer.build(list(everything))
             self._undecayed = {
@@ -145,7 +147,7 @@ class StageOptimizers:
     ) -> keras.optimizers.Optimizer:
         config = _keras.config_of(self._whole)
         with tf.device(device):
-            optimizer = type(self._whole).from_config(config)
+            optimizer = _made_again(self._whole, config)
             # Stages do not scale the loss, so there is nothing to undo.
             optimizer.loss_scale_factor = None
             optimizer.build(variables)
@@ -181,6 +183,25 @@ class StageOptimizers:
     def _remaining(self) -> list[keras.Variable]:
         found = _without_rate(self._whole)
         return [v for v in found if id(v) not in self._shared]
+
+
+def _made_again(
+    optimizer: keras.optimizers.Optimizer, config: dict[str, Any]
+) -> keras.optimizers.Optimizer:
+    """Returns an optimizer of the same class and settings, not built."""
+    try:
+        made = type(optimizer).from_config(config)
+    except TypeError as error:
+        raise ValueError(
+            "The optimizer cannot be made again for each stage. Expected a "
+            "class whose `get_config` returns what its constructor takes, "
+            f"`name` included. Received: {optimizer!r}"
+        ) from error
+    # What was set after it was made need not be in its configuration.
+    for name, value in vars(optimizer).items():
+        if isinstance(value, (bool, int, float, str)) and name != "built":
+            setattr(made, name, value)
+    return made
 
 
 def _without_rate(optimizer: keras.optimizers.Optimizer) -> list:

@@ -56,14 +56,6 @@ class Probe:
         """
         return inputs
 
-    def now(self, after: Sequence[Any]) -> Sequence[tf.Tensor]:
-        """Called where a pass follows another without waiting.
-
-        Returns:
-            The time then, or nothing.
-        """
-        return []
-
     def forward(
         self,
         batch: tf.Tensor,
@@ -175,11 +167,6 @@ class Recorder(Probe):
         with tf.control_dependencies([at]):
             return [tf.identity(t) for t in inputs]
 
-    def now(self, after: Sequence[Any]) -> Sequence[tf.Tensor]:
-        """Returns the time."""
-        with tf.device(self._host), tf.control_dependencies(after):
-            return [tf.timestamp()]
-
     def forward(
         self,
         batch: tf.Tensor,
@@ -241,8 +228,8 @@ class Recorder(Probe):
         wait: Wait,
         after: Sequence[Any],
     ) -> list[Any]:
-        (ended,) = self.now(after)
-        with tf.device(self._host):
+        with tf.device(self._host), tf.control_dependencies(after):
+            ended = tf.timestamp()
             row = tf.stack([wait.began, wait.ended, ended])
             at = tf.convert_to_tensor(batch) % KEPT
             slices = tf.IndexedSlices(row[None], at[None])

@@ -238,3 +238,5 @@ def uninterrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
         if pending and callable(handler):
             handler(*pending[0])
+        elif pending:
+            signal.raise_signal(signal.SIGINT)

@@ -456,3 +456,105 @@ def test_an_output_with_a_mask_that_is_there_twice():
         history = fitted.fit(x, [y, y], verbose=0)
         losses.append(history.history["loss"])
     np.testing.assert_allclose(*losses, rtol=1e-6)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_training_within_training_is_refused(same):
+    """It waited for ever, or lost updates, in a hook that batches call."""
+    model = small_model()
+    trainer = fdg_keras.Trainer(model, 2)
+
+    class Trains(keras.callbacks.Callback):
+        drain_every = None
+
+        def on_train_batch_end(self, batch, logs=None):
+            quiet_fit(trainer if same else fdg_keras.Trainer(model, 2))
+
+    with pytest.raises(ValueError, match="cannot be trained within"):
+        quiet_fit(trainer, callbacks=[Trains()])
+    quiet_fit(trainer)
+
+
+def test_a_metric_with_several_values():
+    """It ended `fit`: a dictionary is no number."""
+
+    class Two(keras.metrics.Metric):
+        def __init__(self, name="two"):
+            super().__init__(name=name)
+            self.count = self.add_variable((), "zeros")
+
+        def update_state(self, y, y_pred, sample_weight=None):
+            self.count.assign_add(1.0)
+
+        def result(self):
+            return {"once": self.count * 1.0, "twice": self.count * 2.0}
+
+    histories = []
+    for staged in (True, False):
+        model = small_model()
+        model.compile("sgd", "mse", metrics=[Two()])
+        fitted = fdg_keras.Trainer(model, 2, delay=0) if staged else model
+        histories.append(quiet_fit(fitted).history)
+    assert histories[0]["twice"] == histories[1]["twice"] == [12.0]
+    assert list(histories[0]) == list(histories[1])
+
+
+def test_an_optimizer_with_a_setting_that_is_not_in_its_configuration():
+    """Stages trained with the setting's default."""
+
+    class Scaling(keras.optimizers.SGD):
+        factor = 1.0
+
+        def update_step(self, gradient, variable, learning_rate):
+            scaled = self.factor * gradient
+            super().update_step(scaled, variable, learning_rate)
+
+    weights = []
+    for staged in (True, False):
+        optimizer = Scaling(0.01)
+        optimizer.factor = 3.0
+        keras.utils.set_random_seed(1)
+        model = small_model(optimizer=optimizer)
+        quiet_fit(fdg_keras.Trainer(model, 2, delay=0) if staged else model)
+        weights.append(model.get_weights())
+    for a, b in zip(*weights):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_an_optimizer_that_cannot_be_made_again():
+    class Odd(keras.optimizers.SGD):
+        def __init__(self, scale):
+            super().__init__(scale)
+
+    model = small_model(optimizer=Odd(0.1))
+    with pytest.raises(ValueError, match="cannot be made again for each stage"):
+        quiet_fit(fdg_keras.Trainer(model, 2))
+
+
+def test_layers_frozen_within_fit_are_frozen_by_the_next():
+    """As in Keras, which obeys when it is compiled anew."""
+    weights = []
+    for staged in (True, False):
+        keras.utils.set_random_seed(1)
+        model = small_model()
+
+        def freeze(epoch, logs, model=model):
+            model.layers[0].trainable = False
+
+        callback = keras.callbacks.LambdaCallback(on_epoch_end=freeze)
+        fitted = fdg_keras.Trainer(model, 2, delay=0) if staged else model
+        quiet_fit(fitted, epochs=2, callbacks=[callback])
+        weights.append(model.get_weights())
+    for a, b in zip(*weights):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_loss_without_any_gradient():
+    """Nothing was trained, and nothing was said."""
+    inputs = keras.Input((4,))
+    h = keras.layers.Dense(3)(inputs)
+    outputs = keras.ops.stop_gradient(keras.layers.Dense(1)(h))
+    model = keras.Model(inputs, outputs)
+    model.compile("sgd", "mse")
+    with pytest.raises(ValueError, match="No weight has a gradient"):
+        quiet_fit(fdg_keras.Trainer(model, 2))
