@@ -36,6 +36,7 @@ FLAGS = flags.FLAGS
 
 run_flags.define_stages()
 run_flags.define_training(batch_size=32, train_epochs=15)
+flags.adopt_module_key_flags(run_flags)  # `--help` shows them, too
 flags.DEFINE_float(
     "learning_rate",
     0.05,

@@ -36,6 +36,7 @@ from trainers import recipes, run_flags
 FLAGS = flags.FLAGS
 
 run_flags.define_recipe()
+flags.adopt_module_key_flags(run_flags)  # `--help` shows them, too
 flags.DEFINE_bool(
     "resume", False, "Go on from the latest checkpoint in --model_dir."
 )
