@@ -43,6 +43,7 @@ run_flags.define_recipe()
 for name in ("seed", "delay", "stash"):
     # The methods have their own, and there are several seeds.
     delattr(FLAGS, name)
+flags.adopt_module_key_flags(run_flags)  # `--help` shows them, too
 FLAGS.set_default("emulate", True)
 flags.DEFINE_list(
     "runs",
