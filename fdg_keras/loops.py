@@ -280,9 +280,9 @@ class Loop:
         seen = self.probe.gradients(
             self._backwards, received, gradients, self.update.weights
         )
-        stash = self.probe.start(wait.ended, kept[0])
+        stash, of_loss = kept
         with tf.control_dependencies([wait.ended]):
-            of_loss = [tf.identity(g) for g in kept[1]]
+            of_loss = [tf.identity(g) for g in of_loss]
         if self._stash is not None:
             stash = self._stash.dequeue()
         count = len(self._cut.stash_specs)

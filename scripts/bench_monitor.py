@@ -90,6 +90,7 @@ def measure(name, hidden, batch, rounds):
         "processor_ratio": statistics.median(_ratios(processor)),
         "epoch_ms": measure_writing(variants["watched"]),
         "rounds_ms": times,
+        "rounds_processor_s": processor,
     }
 
 

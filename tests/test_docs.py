@@ -18,6 +18,7 @@ import sys
 import pytest
 
 from fdg_keras import delays
+from trainers import methods, paper, recipes
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = {path.name: path.read_text() for path in ROOT.glob("docs/*.md")}
@@ -177,6 +178,55 @@ def test_speeds_are_those_that_were_measured():
     text = PAGES["choosing.md"]
     assert "costs each stage about 0.1 ms" in text
     assert "about twice as fast as one core" in text
+
+
+def reported(dataset, network, run):
+    """Returns what `trainers.paper` knows of a run, as a page has it."""
+    recipe = recipes.Recipe(dataset=dataset, model=network)
+    (variant,) = methods.parse([run], recipe, emulate=True)
+    return paper.figures(variant)
+
+
+def rows_of(heading):
+    """Returns the cells of the first table after a heading of paper.md."""
+    _, section = PAGES["paper.md"].split(f"### {heading}")
+    lines = re.findall(r"^\| (.*) \|$", section.split("###")[0], re.MULTILINE)
+    return [[cell.strip() for cell in line.split(" |")] for line in lines[1:]]
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
+def test_errors_are_those_of_the_paper(dataset):
+    name = dataset.upper().replace("CIFAR", "CIFAR-")
+    rows = rows_of(f"Test error on {name}, two modules (%)")
+    assert len(rows) > 3
+    for label, *cells in rows:
+        network = label.lower().replace("-", "", 1).replace("-", "_")
+        *found, beta = [float(cell) if cell else None for cell in cells]
+        runs = ["bp", "ddg", "dgl", "fr"][: len(found) - 2]
+        runs += ["fdg", f"fdg:shrink={beta}"]
+        for run, error in zip(runs, found):
+            # Two tables of the paper differ in this.
+            if (network, run) != ("resnet56", "ddg"):
+                expected = reported(dataset, network, run).test_error
+                assert error == expected, f"{label}, {run}"
+
+
+def test_more_figures_are_those_of_the_paper():
+    settings = {"beta 1": "", "beta 0.5": ":shrink=0.5"}
+    cases = [
+        ("Test error of ResNet-56", "resnet56", "test_error"),
+        ("Seconds an epoch", "wrn28_10", "seconds"),
+    ]
+    for heading, network, figure in cases:
+        for label, *cells in rows_of(heading):
+            method, _, setting = label.lower().partition(", ")
+            run = "dp" if method == "data parallel" else method
+            for splits, cell in zip((2, 3, 4), cells):
+                if setting.startswith("utilisation"):
+                    continue
+                of = f"{run}:splits={splits}{settings.get(setting, '')}"
+                found = getattr(reported("cifar10", network, of), figure)
+                assert float(cell) == found, f"{label}, K={splits}"
 
 
 def test_names_in_the_code_exist():

