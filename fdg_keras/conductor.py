@@ -65,7 +65,8 @@ class Conductor:
             learning_rate: Called for each announcement; in effect for all
                 updates made within that window.
             begin: Called with the first batch of a window before that window
-                can be the last one announced.
+                can be the last one announced; when nothing is in motion,
+                before any is.
             end: Called with the last batch of a window, and the metrics then,
                 after the last stage has run it; without delay, and after the
                 last window before a pause or the end of the epoch, when all
@@ -146,7 +147,6 @@ class Conductor:
                 feeder.order(learning_rate())
                 announced += 1
 
-        announce(self._ahead() - 1)
         while not last:
             begun = epoch.drawn
             if not epoch.stopped:

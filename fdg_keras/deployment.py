@@ -109,6 +109,7 @@ class Deployment:
     def _enter(self) -> None:
         model = self.model
         if not self._relocation.is_away:
+            check_idle(model)  # Others may have its variables.
             # What the model compiled, it compiled for its variables at home;
             # and XLA refuses variables that are spread over devices.
             self._jit_compile = bool(model.jit_compile)
@@ -246,7 +247,7 @@ def _runner(pipeline: Pipeline | Emulation, pace: Pace) -> Callable:
 
 
 def check_idle(model: keras.Model) -> None:
-    """Checks that a model is not in stages now, to be trained by others.
+    """Checks that a model is not in stages now, to be used by others.
 
     Raises:
         ValueError: If it is.
@@ -258,8 +259,8 @@ def check_idle(model: keras.Model) -> None:
 def _refuse_to_train(force: bool = False) -> None:
     raise ValueError(
         "A model cannot be trained within `fdg_keras.fit`, by a callback or "
-        "another thread say: its variables are on the devices of their stages. "
-        "Expected `model.fit`, `model.train_on_batch` and `fdg_keras.fit` to "
-        "be called before or after it; `evaluate` and `predict` may be called. "
-        "Received: a call meanwhile"
+        "another thread say, nor run by another `Trainer`: its variables are "
+        "on the devices of their stages. Expected that to be done before or "
+        "after it; `evaluate` and `predict` of the model and of its `Trainer` "
+        "may be called. Received: a call meanwhile"
     )

@@ -125,7 +125,7 @@ class Emulation:
         window = pace.window
         ahead = delays.windows_ahead(splits, delay, window)
         # A window that was announced keeps the rate of that moment.
-        rates = collections.deque(learning_rate() for _ in range(ahead - 1))
+        rates: collections.deque[float] = collections.deque()
         position, last = 0, False
         try:
             while not last and (rates or not epoch.stopped):
@@ -133,7 +133,8 @@ class Emulation:
                 if not epoch.stopped:
                     with noting(f"in a callback, before batch {batch}"):
                         begin(batch)
-                    rates.append(learning_rate())
+                    while len(rates) < ahead:
+                        rates.append(learning_rate())
                 rate = rates.popleft()
                 for update in self._updates:
                     update.set_learning_rate(tf.constant(rate, tf.float32))

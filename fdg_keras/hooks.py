@@ -87,8 +87,11 @@ class Hooks:
         """
         for callback in self.callbacks.callbacks:
             listens = any(_overrides(callback, name) for name in _TRAIN_HOOKS)
-            own = _is_users(callback) and not hasattr(callback, "drain_every")
-            if listens and own:
+            known = _acts_on_epochs_only(callback) or isinstance(
+                callback, _keras.SAVING
+            )
+            says = hasattr(callback, "drain_every")
+            if listens and not known and not says and _is_users(callback):
                 warnings.warn(
                     f"{type(callback).__name__} has hooks that are called at "
                     f"batches, while stages are at others (delay={delay}): "
@@ -97,7 +100,7 @@ class Hooks:
                     "attribute `drain_every = 1`, and all stages drain first, "
                     "which takes time; if it looks at logs and the learning "
                     "rate only, `drain_every = None`.",
-                    stacklevel=4,
+                    stacklevel=3,
                 )
 
     def start_epoch(self) -> None:

@@ -280,9 +280,13 @@ class Loop:
         seen = self.probe.gradients(
             self._backwards, received, gradients, self.update.weights
         )
+        # Where F comes before B in a tick, B waits for all of F.
         stash, of_loss = kept
         with tf.control_dependencies([wait.ended]):
-            of_loss = [tf.identity(g) for g in of_loss]
+            if of_loss:
+                of_loss = [tf.identity(g) for g in of_loss]
+            else:
+                stash = [tf.identity(t) for t in stash]
         if self._stash is not None:
             stash = self._stash.dequeue()
         count = len(self._cut.stash_specs)
@@ -323,7 +327,7 @@ class Loop:
         """
         if not any(links):
             with tf.device(self._host), tf.control_dependencies(after):
-                now = tf.timestamp() if after else self._no_time()
+                now = tf.timestamp()
             return Wait(now, now), [[] for _ in links]
         with tf.device(self._host), tf.control_dependencies(after):
             start = tf.timestamp()

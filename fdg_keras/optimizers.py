@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from fdg_keras import _keras
@@ -145,9 +146,8 @@ class StageOptimizers:
     def _build(
         self, variables: list, device: str, relocation: Relocation
     ) -> keras.optimizers.Optimizer:
-        config = _keras.config_of(self._whole)
         with tf.device(device):
-            optimizer = _made_again(self._whole, config)
+            optimizer = _made_again(self._whole)
             # Stages do not scale the loss, so there is nothing to undo.
             optimizer.loss_scale_factor = None
             optimizer.build(variables)
@@ -186,12 +186,12 @@ class StageOptimizers:
 
 
 def _made_again(
-    optimizer: keras.optimizers.Optimizer, config: dict[str, Any]
+    optimizer: keras.optimizers.Optimizer,
 ) -> keras.optimizers.Optimizer:
     """Returns an optimizer of the same class and settings, not built."""
     try:
-        made = type(optimizer).from_config(config)
-    except TypeError as error:
+        made = type(optimizer).from_config(_keras.config_of(optimizer))
+    except (TypeError, NotImplementedError) as error:
         raise ValueError(
             "The optimizer cannot be made again for each stage. Expected a "
             "class whose `get_config` returns what its constructor takes, "
@@ -199,7 +199,8 @@ def _made_again(
         ) from error
     # What was set after it was made need not be in its configuration.
     for name, value in vars(optimizer).items():
-        if isinstance(value, (bool, int, float, str)) and name != "built":
+        plain = isinstance(value, (bool, int, float, str, tuple, np.generic))
+        if plain and name != "built":
             setattr(made, name, value)
     return made
 

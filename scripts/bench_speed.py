@@ -274,6 +274,7 @@ def measure_start():
     first = keras.callbacks.LambdaCallback(
         on_train_batch_end=lambda batch, logs: ended.append(time.perf_counter())
     )
+    first.drain_every = None  # It looks at the clock only.
     start = time.perf_counter()
     trainer = Trainer(model, 2, ["CPU:0", "CPU:1"])
     trainer.fit(data, steps_per_epoch=1, verbose=0, callbacks=[first])

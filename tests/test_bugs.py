@@ -458,6 +458,22 @@ def test_an_output_with_a_mask_that_is_there_twice():
     np.testing.assert_allclose(*losses, rtol=1e-6)
 
 
+def test_another_trainer_within_training_is_refused():
+    """It took the variables away, and brought old values back."""
+    model = small_model()
+    x, y = small_data()
+
+    class Tests(keras.callbacks.Callback):
+        drain_every = None
+
+        def on_train_batch_end(self, batch, logs=None):
+            fdg_keras.Trainer(model, 2).evaluate(x, y, verbose=0)
+
+    with pytest.raises(ValueError, match="nor run by another `Trainer`"):
+        quiet_fit(fdg_keras.Trainer(model, 2), callbacks=[Tests()])
+    model.fit(x, y, verbose=0)
+
+
 @pytest.mark.parametrize("same", [True, False])
 def test_training_within_training_is_refused(same):
     """It waited for ever, or lost updates, in a hook that batches call."""

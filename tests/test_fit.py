@@ -879,7 +879,11 @@ class Snapshots(keras.callbacks.Callback):
 
 
 class Halve(keras.callbacks.Callback):
-    """Changes weights after each batch."""
+    """Changes weights before and after each batch."""
+
+    def on_train_batch_begin(self, batch, logs=None):
+        for weight in self.model.trainable_weights:
+            weight.assign(1.5 * weight)
 
     def on_train_batch_end(self, batch, logs=None):
         for weight in self.model.trainable_weights:
@@ -915,6 +919,7 @@ def test_weights_changed_where_stages_drain():
     trainer = fdg_keras.Trainer(expected, splits=3)
     for start in range(0, N, FIT["batch_size"]):
         rows = slice(start, start + FIT["batch_size"])
+        halving(expected).on_train_batch_begin(0)
         trainer.fit(X[rows], Y[rows], **FIT)
         halving(expected).on_train_batch_end(0)
     assert_identical_weights(models[0], expected)
