@@ -96,10 +96,16 @@ def test_models(name):
 
 @pytest.mark.parametrize("name", ["mlp", "conv", "attention", "two_inputs"])
 def test_eagerly(name):
-    # Few batches: eager and compiled kernels round differently, and rounding
-    # grows.
-    few = {"delay": 1, "fit": {"steps_per_epoch": 6}}
-    assert_same(train(name, "run_eagerly", **few), train(name, **few))
+    # In float64: eager and compiled kernels round differently, and rounding
+    # grows with each batch.
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
+    try:
+        runs = [train(name, kind, delay=1) for kind in ("run_eagerly", None)]
+    finally:
+        keras.config.set_floatx("float32")
+    assert {v.dtype for v in runs[0][0].model.trainable_weights} == {"float64"}
+    assert_same(*runs)
 
 
 @pytest.mark.parametrize("kind", KINDS)

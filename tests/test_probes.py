@@ -44,8 +44,8 @@ def make_data(batches):
 def make_model(make_layer=layers.Dense):
     keras.utils.set_random_seed(0)
     model = keras.Sequential([keras.Input((WIDTHS[0],))])
-    for width in WIDTHS[1:]:
-        model.add(make_layer(width, "tanh"))
+    for k, width in enumerate(WIDTHS[1:]):
+        model.add(make_layer(width, "tanh", name=f"layer{k}"))
     model.compile(keras.optimizers.SGD(RATE), "mse")
     return model
 
