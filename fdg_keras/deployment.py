@@ -198,6 +198,17 @@ class Deployment:
             # A thread that was left behind still has it, and must not be the
             # one to take it apart.
             self._left.append(built.pipeline)
+        pipeline, optimizers = self._assemble(mode, spec, trainable, probed)
+        self._built[mode] = Built(
+            spec, compiled, trainable, pipeline, optimizers, probed
+        )
+        return self._built[mode]
+
+    def _assemble(
+        self, mode: Mode, spec: Spec, trainable: list, probed: bool
+    ) -> tuple[Pipeline | Emulation, StageOptimizers | None]:
+        """Makes what runs batches, with variables in place."""
+        model = self.model
         objective = None
         if mode != "predict":
             objective = Objective(model, self._graph, self._slices, spec)
@@ -219,15 +230,10 @@ class Deployment:
             optimizers.stages if optimizers else [],
             objective,
         )
-        pipeline: Pipeline | Emulation
         if model.run_eagerly or (self._emulate and mode == "train"):
-            pipeline = Emulation(*parts, model.run_eagerly)
-        else:
-            pipeline = Pipeline(*parts, spec, self._jit_compile, probed)
-        self._built[mode] = Built(
-            spec, compiled, trainable, pipeline, optimizers, probed
-        )
-        return self._built[mode]
+            return Emulation(*parts, model.run_eagerly), optimizers
+        pipeline = Pipeline(*parts, spec, self._jit_compile, probed)
+        return pipeline, optimizers
 
     def _relocate(self) -> None:
         """Moves the variables of layers and metrics to their stages."""

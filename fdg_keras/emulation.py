@@ -22,7 +22,7 @@ from fdg_keras.linearize import is_float
 from fdg_keras.objective import Objective
 from fdg_keras.pipeline import Settings
 from fdg_keras.slicing import Graph, Slice
-from fdg_keras.stages import Boundary, Stage
+from fdg_keras.stages import Boundary, Stage, check_gradients
 from fdg_keras.statistics import StageStatistics
 from fdg_keras.threads import noting
 from fdg_keras.updates import Update
@@ -254,6 +254,10 @@ class Emulation:
                 by_weights, gradients = one.backward(gradients)
             found.insert(0, (by_weights, one.then))
             gradients = self._hop(gradients)
+        check_gradients(
+            self._stages,
+            [[g is not None for g in by_weights] for by_weights, _ in found],
+        )
         return found
 
     def _hop(self, gradients: list) -> list:

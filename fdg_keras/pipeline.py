@@ -20,7 +20,7 @@ from fdg_keras.objective import Objective
 from fdg_keras.placement import host_of
 from fdg_keras.probes import Probe, Recorder
 from fdg_keras.slicing import Graph, Slice
-from fdg_keras.stages import Boundary, Stage
+from fdg_keras.stages import Boundary, Stage, check_gradients
 from fdg_keras.transforms import GradientTransformer
 from fdg_keras.updates import Update
 
@@ -81,7 +81,10 @@ class Pipeline:
         self._probed = probed
         self.closed = False
         gradients = self._trace()
-        self._check_gradients()
+        if settings is not None:
+            check_gradients(
+                self.stages, [s.pair.weight_has_gradient for s in self.stages]
+            )
         self.ports = self._connect(gradients)
         self.loops = [
             self.make_loop(stage, ports)
@@ -115,19 +118,6 @@ class Pipeline:
             )
             found.insert(0, has_gradient)
         return found[1:]
-
-    def _check_gradients(self) -> None:
-        """Refuses a loss that no weight has a gradient of, as Keras does."""
-        if self._settings is None:
-            return
-        paths = [w.path for stage in self.stages for w in stage.weights]
-        has_any = any(any(s.pair.weight_has_gradient) for s in self.stages)
-        if paths and not has_any:
-            raise ValueError(
-                "No weight has a gradient. Expected a loss that depends on "
-                "trainable weights, by operations that can be differentiated. "
-                f"Received: a model with the weights {paths[:5]}"
-            )
 
     def _gradients_of_loss(self, boundary: Boundary) -> list[bool]:
         """Returns which outputs the compiled loss depends on."""

@@ -234,6 +234,27 @@ class Stage:
         return f"layers {first!r} to {last!r}"
 
 
+def check_gradients(
+    stages: Sequence[Stage], has_gradient: Sequence[Sequence[bool]]
+) -> None:
+    """Checks that there is something to train, as Keras does.
+
+    Args:
+        stages: All of a model.
+        has_gradient: For each of them, of which weights there is one.
+
+    Raises:
+        ValueError: If there are trainable weights, and none has a gradient.
+    """
+    paths = [weight.path for stage in stages for weight in stage.weights]
+    if paths and not any(any(found) for found in has_gradient):
+        raise ValueError(
+            "No weight has a gradient. Expected a loss that depends on "
+            "trainable weights, by operations that can be differentiated. "
+            f"Received: a model with the weights {paths[:5]}"
+        )
+
+
 class _Scope(keras.StatelessScope):
     """A scope in which assigning to a variable cuts off the gradient.
 

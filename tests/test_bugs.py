@@ -565,7 +565,8 @@ def test_layers_frozen_within_fit_are_frozen_by_the_next():
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_a_loss_without_any_gradient():
+@pytest.mark.parametrize("emulate", [False, True])
+def test_a_loss_without_any_gradient(emulate):
     """Nothing was trained, and nothing was said."""
     inputs = keras.Input((4,))
     h = keras.layers.Dense(3)(inputs)
@@ -573,4 +574,4 @@ def test_a_loss_without_any_gradient():
     model = keras.Model(inputs, outputs)
     model.compile("sgd", "mse")
     with pytest.raises(ValueError, match="No weight has a gradient"):
-        quiet_fit(fdg_keras.Trainer(model, 2))
+        quiet_fit(fdg_keras.Trainer(model, 2, emulate=emulate))
