@@ -22,7 +22,8 @@ from fdg_keras.corrections import (
     LearningRateRescheduling,
     WeightPrediction,
 )
-from fdg_keras.planning import Plan, StagePlan
+from fdg_keras.planner import plan
+from fdg_keras.plans import Plan, StagePlan
 from fdg_keras.trainer import Trainer, fit
 from fdg_keras.transforms import GradientShrinking, GradientTransformer
 
@@ -39,4 +40,5 @@ __all__ = [
     "Trainer",
     "WeightPrediction",
     "fit",
+    "plan",
 ]

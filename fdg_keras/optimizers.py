@@ -147,7 +147,7 @@ class StageOptimizers:
         self, variables: list, device: str, relocation: Relocation
     ) -> keras.optimizers.Optimizer:
         with tf.device(device):
-            optimizer = _made_again(self._whole)
+            optimizer = made_again(self._whole)
             # Stages do not scale the loss, so there is nothing to undo.
             optimizer.loss_scale_factor = None
             optimizer.build(variables)
@@ -185,7 +185,7 @@ class StageOptimizers:
         return [v for v in found if id(v) not in self._shared]
 
 
-def _made_again(
+def made_again(
     optimizer: keras.optimizers.Optimizer,
 ) -> keras.optimizers.Optimizer:
     """Returns an optimizer of the same class and settings, not built."""

@@ -1,103 +1,26 @@
-"""Which layers go where: estimated costs, balanced cuts, the plan as a table.
+"""Where to cut: by number, by name or by plan; and the plan of a cut model.
 
-For an integer `splits` the cuts minimize the cost of the slowest stage, its
-sending and receiving included, exactly (dynamic programming). Costs are
-estimates from parameter and operation counts.
+For a number of stages the cuts minimize the cost of the slowest stage, its
+sending and receiving included. Costs are estimated here (see `costs`), so the
+same model is cut alike everywhere; `planner` measures them.
 """
 
+import dataclasses
+import itertools
 import math
 import numbers
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import keras
 import numpy as np
 
-from fdg_keras.slicing import Graph, Node, Slice
+from fdg_keras.balancing import best_ends
+from fdg_keras.costs import cut_costs, elements, node_cost
+from fdg_keras.plans import Plan, StagePlan
+from fdg_keras.slicing import Graph, Slice
 
-# Moving memory costs time too. An element that a layer reads or writes takes
-# as long as about this many operations of a convolution: so the two halves of
-# a ResNet-20 took equally long on a CPU (120 to 200 give the same halves).
-_OPERATIONS_PER_ELEMENT = 150.0
-
-# What goes without saying in a device's name.
-_HERE = "/job:localhost/replica:0/task:0/device:"
-
-
-@dataclass(frozen=True)
-class StagePlan:
-    """One stage of a plan.
-
-    Attributes:
-        device: Full TensorFlow name of the device.
-        layers: Names of its layers and operations in order, `outer/inner`
-            within nested models.
-        parameters: Number of parameters, trainable and not.
-        operations: Estimated operations of a forward, for one sample.
-        sends: Elements it sends over the cut, for one sample.
-    """
-
-    device: str
-    layers: tuple[str, ...]
-    parameters: int
-    operations: float
-    sends: int
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Which layers are where. `print` it to see a table.
-
-    Attributes:
-        stages: In order.
-    """
-
-    stages: tuple[StagePlan, ...]
-
-    @property
-    def cuts(self) -> tuple[int, ...]:
-        """How many layers and operations come before each cut."""
-        counts = [len(stage.layers) for stage in self.stages[:-1]]
-        return tuple(sum(counts[: i + 1]) for i in range(len(counts)))
-
-    def __str__(self) -> str:
-        total = sum(stage.operations for stage in self.stages) or 1.0
-        rows = [
-            (
-                "stage",
-                "device",
-                "from",
-                "to",
-                "layers",
-                "parameters",
-                "work %",
-                "sends",
-            )
-        ]
-        for k, stage in enumerate(self.stages):
-            rows.append(
-                (
-                    str(k),
-                    stage.device.removeprefix(_HERE),
-                    stage.layers[0],
-                    stage.layers[-1],
-                    str(len(stage.layers)),
-                    f"{stage.parameters:,}",
-                    f"{100 * stage.operations / total:.0f}",
-                    f"{stage.sends:,}" if k < len(self.stages) - 1 else "-",
-                )
-            )
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        right = {0, 4, 5, 6, 7}
-        lines = []
-        for row in rows:
-            cells = [
-                cell.rjust(w) if i in right else cell.ljust(w)
-                for i, (cell, w) in enumerate(zip(row, widths))
-            ]
-            lines.append("  ".join(cells).rstrip())
-        return "\n".join(lines)
+# Advice that promises less than this part of a tick is not given.
+_WORTH_MOVING = 0.05
 
 
 def choose_cuts(graph: Graph, splits: Any) -> list[int]:
@@ -134,62 +57,26 @@ def make_plan(
     stages = []
     for part, device in zip(slices, devices):
         variables = [*part.trainable_variables, *part.state_variables]
+        costs = tuple(node_cost(graph, node) for node in part.nodes)
         stages.append(
             StagePlan(
                 device=device,
                 layers=tuple(node.name for node in part.nodes),
                 parameters=sum(math.prod(v.shape) for v in variables),
-                operations=sum(node_cost(graph, n) for n in part.nodes),
-                sends=sum(_elements(graph.symbols[v]) for v in part.sends),
+                operations=sum(costs),
+                sends=sum(elements(graph.symbols[v]) for v in part.sends),
+                costs=costs,
             )
         )
     return Plan(tuple(stages))
 
 
-def node_cost(graph: Graph, node: Node) -> float:
-    """Estimates the operations of a node's forward, for one sample.
+def legal_ends(graph: Graph, splits: int) -> np.ndarray:
+    """Returns the last node of all that may be a stage's end, in order.
 
-    A multiplication and an addition for each weight at each position of the
-    output (for a convolution, its pixels; for a recurrent layer, its steps),
-    plus a share for each element that is read or written.
+    Raises:
+        ValueError: If there are too few for so many stages.
     """
-    made = sum(_elements(graph.symbols[v]) for v in node.outputs)
-    read = sum(_elements(graph.symbols[v]) for v in node.inputs)
-    moved = _OPERATIONS_PER_ELEMENT * (made + read)
-    if isinstance(node.operation, keras.layers.Embedding):
-        return moved
-    return moved + sum(
-        2.0 * math.prod(v.shape) * _positions(graph, node)
-        for v in node.variables
-        if len(v.shape) > 1
-    )
-
-
-def _positions(graph: Graph, node: Node) -> int:
-    """Returns how often each weight of a node is used for one sample."""
-    # A convolution uses its kernel at each pixel of the output, other layers
-    # at each position of the input.
-    convolves = hasattr(node.operation, "kernel_size")
-    values = node.outputs if convolves else node.inputs
-    data_format = getattr(node.operation, "data_format", None)
-    channels_at = 1 if data_format == "channels_first" else -1
-    shapes = [graph.symbols[value].shape for value in values]
-    return max(
-        (
-            math.prod(d or 1 for d in shape[1:]) // (shape[channels_at] or 1)
-            for shape in shapes
-            if len(shape) > 1
-        ),
-        default=1,
-    )
-
-
-def _elements(symbol: Any) -> int:
-    """Returns the elements of a tensor for one sample; unknown sizes are 1."""
-    return math.prod(d or 1 for d in symbol.shape[1:])
-
-
-def _balanced(graph: Graph, splits: int) -> list[int]:
     legal = graph.legal_cuts()
     if not 1 <= splits <= len(legal) + 1:
         shared = len(graph.nodes) - 1 - len(legal)
@@ -205,49 +92,107 @@ def _balanced(graph: Graph, splits: int) -> list[int]:
             "or split layers that do much into several. Received: "
             f"splits={splits}"
         )
-    ends = np.array([*legal, len(graph.nodes) - 1])
-    costs = [node_cost(graph, node) for node in graph.nodes]
-    done = np.cumsum(costs)[ends]  # by the nodes up to each end
-    sent = _OPERATIONS_PER_ELEMENT * _crossing_elements(graph)[ends]
-
-    # slowest[i]: the cost of the slowest stage of the nodes up to ends[i], cut
-    # into as many stages as the round says; chosen[round][i]: the end before.
-    slowest = done + sent
-    chosen = []
-    for _ in range(splits - 1):
-        fresh = np.full(len(ends), np.inf)
-        origin = np.zeros(len(ends), int)
-        for i in range(1, len(ends)):
-            stage = done[i] + sent[i] - done[:i] + sent[:i]
-            options = np.maximum(slowest[:i], stage)
-            origin[i] = np.argmin(options)
-            fresh[i] = options[origin[i]]
-        slowest = fresh
-        chosen.append(origin)
-    cuts: list[int] = []
-    at = len(ends) - 1
-    for origin in reversed(chosen):
-        at = origin[at]
-        cuts.insert(0, int(ends[at]))
-    return cuts
+    return np.array([*legal, len(graph.nodes) - 1])
 
 
-def _crossing_elements(graph: Graph) -> np.ndarray:
-    """Returns for each cut position how many elements cross there.
+def balance(
+    ends: np.ndarray,
+    nodes: np.ndarray,
+    cuts: np.ndarray,
+    held: Callable[[int, int], np.ndarray] | None = None,
+) -> list[int] | None:
+    """Returns the cuts that minimize the cost of the slowest stage.
 
-    Nothing crosses after the last node: there the model ends.
+    Args:
+        ends: Positions at which a stage may end, the last node's included.
+        nodes: `[K, nodes]`, what each node costs in each stage.
+        cuts: `[K, nodes]`, what a stage pays for a cut after each node,
+            whichever side of it the stage is on.
+        held: `held(k, j)[i]` tells by how much stage k is over its memory with
+            the pieces i <= p < j, of which `ends` are the ends. Default: all
+            fits.
+
+    Returns:
+        Positions; position p cuts after node p. `None` if nothing fits.
     """
-    end = len(graph.nodes) - 1
-    last_use: dict[int, int] = {}
-    for position, node in enumerate(graph.nodes):
-        last_use.update((value, position) for value in node.inputs)
-    last_use.update((value, end) for value in graph.outputs)
-    crossing = np.zeros(len(graph.nodes))
-    for position, node in enumerate(graph.nodes):
-        for value in node.outputs:
-            until = last_use.get(value, position)
-            crossing[position:until] += _elements(graph.symbols[value])
-    return crossing
+    done = np.pad(np.cumsum(nodes, axis=1)[:, ends], ((0, 0), (1, 0)))
+    paid = np.pad(cuts[:, ends], ((0, 0), (1, 0)))
+
+    def cost(k: int, j: int) -> np.ndarray:
+        stage = done[k, j] - done[k, :j] + paid[k, j] + paid[k, :j]
+        if held is not None:
+            stage[held(k, j) > 0] = math.inf
+        return stage
+
+    found = best_ends(len(ends), len(nodes), cost)
+    return None if found is None else [int(ends[e - 1]) for e in found[:-1]]
+
+
+def estimates(graph: Graph, splits: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns estimated costs as `balance` takes them, `nodes` and `cuts`."""
+    costs = [node_cost(graph, node) for node in graph.nodes]
+    paid = cut_costs(graph)
+    return np.tile(costs, (splits, 1)), np.tile(paid, (splits, 1))
+
+
+def _balanced(graph: Graph, splits: int) -> list[int]:
+    found = balance(legal_ends(graph, splits), *estimates(graph, splits))
+    assert found is not None  # nothing is too large
+    return found
+
+
+def with_measured(
+    graph: Graph, plan: Plan, seconds: Sequence[float | None]
+) -> Plan:
+    """Returns a plan with what its stages were seen to take, and advice.
+
+    What a stage took, over what was expected, scales the costs of its layers;
+    cuts that balance the scaled costs are the advice.
+
+    Args:
+        graph: The model.
+        plan: What was expected.
+        seconds: That each stage computed in a tick.
+    """
+    stages = tuple(
+        dataclasses.replace(stage, measured_s=one)
+        for stage, one in zip(plan.stages, seconds)
+    )
+    plan = dataclasses.replace(plan, stages=stages)
+    known = [one for one in seconds if one]
+    if len(known) < len(stages) or len(stages) < 2:
+        return plan
+    advice = _advice(graph, plan, known)
+    return dataclasses.replace(plan, notes=(*plan.notes, advice))
+
+
+def _advice(graph: Graph, plan: Plan, seconds: Sequence[float]) -> str:
+    costs = np.concatenate(
+        [
+            np.array(stage.costs) * one / (sum(stage.costs) or 1.0)
+            for stage, one in zip(plan.stages, seconds)
+        ]
+    )
+    slowest = int(np.argmax(seconds))
+    took = (
+        f"Measured: stage {slowest} is the slowest, it computes "
+        f"{1e3 * seconds[slowest]:.3g} ms a tick"
+    )
+    splits = len(seconds)
+    nodes = np.tile(costs, (splits, 1))
+    found = balance(legal_ends(graph, splits), nodes, np.zeros(nodes.shape))
+    assert found is not None  # nothing is too large
+    edges = [0, *(cut + 1 for cut in found), len(costs)]
+    best = max(costs[a:b].sum() for a, b in itertools.pairwise(edges))
+    now = [count - 1 for count in plan.cuts]
+    if best > (1 - _WORTH_MOVING) * seconds[slowest]:
+        return f"{took}; no cut is worth moving."
+    moves = ", ".join(
+        f"after {graph.nodes[new].name!r} instead of {graph.nodes[old].name!r}"
+        for old, new in zip(now, found)
+        if old != new
+    )
+    return f"{took}. Cut {moves}: then it should be {1e3 * best:.3g} ms."
 
 
 def _cuts_after(graph: Graph, names: Sequence[Any]) -> list[int]:

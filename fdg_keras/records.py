@@ -14,11 +14,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from fdg_keras.planning import Plan
+from fdg_keras.plans import HERE, Plan
 from fdg_keras.statistics import StageStatistics
-
-# What goes without saying in a device's name.
-_HERE = "/job:localhost/replica:0/task:0/device:"
 
 
 def plan_record(plan: Plan) -> list[dict[str, Any]]:
@@ -27,7 +24,7 @@ def plan_record(plan: Plan) -> list[dict[str, Any]]:
     return [
         {
             "stage": k,
-            "device": stage.device.removeprefix(_HERE),
+            "device": stage.device.removeprefix(HERE),
             "from": stage.layers[0],
             "to": stage.layers[-1],
             "layers": list(stage.layers),

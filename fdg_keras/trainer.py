@@ -14,6 +14,7 @@ from fdg_keras.hooks import Hooks, ask_for_probes, capped_epochs
 from fdg_keras.linearize import Stash
 from fdg_keras.pipeline import Settings
 from fdg_keras.placement import resolve_devices
+from fdg_keras.plans import Plan
 from fdg_keras.slicing import cut_graph, trace_graph
 from fdg_keras.statistics import StageStatistics
 from fdg_keras.transforms import GradientTransformer
@@ -77,7 +78,6 @@ class Trainer:
 
     Attributes:
         model: The model.
-        plan: A `Plan`: which layers are on which device, and what they cost.
 
     Raises:
         ValueError: If the model cannot be sliced this way, or an argument is
@@ -87,7 +87,7 @@ class Trainer:
     def __init__(
         self,
         model: keras.Model,
-        splits: int | Sequence[str] | planning.Plan = 2,
+        splits: int | Sequence[str] | Plan = 2,
         devices: Sequence[str] | None = None,
         delay: int = 2,
         shrink: float | GradientTransformer = 1.0,
@@ -104,14 +104,16 @@ class Trainer:
         warn_if_shrinking_is_futile(transform, model)
         self._graph = graph = trace_graph(model)
         cuts = planning.choose_cuts(graph, splits)
-        splits = len(cuts) + 1
+        count = len(cuts) + 1
         names = (
-            resolve_devices(devices, 1) * splits
+            resolve_devices(devices, 1) * count
             if emulate
-            else resolve_devices(devices, splits)
+            else resolve_devices(devices, count)
         )
         slices = cut_graph(graph, cuts)
-        self.plan = planning.make_plan(graph, slices, names)
+        self._plan = planning.make_plan(graph, slices, names)
+        if isinstance(splits, Plan):
+            self._plan = splits.on(names)
         self._settings = Settings(
             int(delay), order, stash, transform, corrected
         )
@@ -155,7 +157,7 @@ class Trainer:
         check_idle(self.model)
         check_emulation(self.model, self._emulate, self._settings.stash)
         if self._emulate and verbose:
-            print(f"Emulating {len(self.plan.stages)} stages, one by one.")
+            print(f"Emulating {len(self._plan.stages)} stages, one by one.")
         check_sizes(
             batch_size,
             steps_per_epoch,
@@ -211,9 +213,25 @@ class Trainer:
                 )
 
     @property
+    def plan(self) -> Plan:
+        """Which layers are on which device, and what they cost.
+
+        After `fit`, each stage has its `measured_s`: how long it computed in
+        a tick of the last epoch. Then a note says whether a cut is worth
+        moving, and where to.
+        """
+        seconds = [
+            one.usage.computed / max(one.usage.ticks, 1)
+            for one in self.statistics
+        ]
+        if not seconds:
+            return self._plan
+        return planning.with_measured(self._graph, self._plan, seconds)
+
+    @property
     def _is_in_motion(self) -> bool:
         """Whether stages train other batches than callbacks are told of."""
-        staged = len(self.plan.stages) > 1 and not self._emulate
+        staged = len(self._plan.stages) > 1 and not self._emulate
         return bool(
             staged and self._settings.delay and not self.model.run_eagerly
         )
@@ -285,7 +303,7 @@ class Trainer:
 def fit(
     model: keras.Model,
     *args: Any,
-    splits: int | Sequence[str] | planning.Plan = 2,
+    splits: int | Sequence[str] | Plan = 2,
     devices: Sequence[str] | None = None,
     delay: int = 2,
     shrink: float | GradientTransformer = 1.0,

@@ -46,6 +46,7 @@ def test_public_names():
         "Trainer",
         "WeightPrediction",
         "fit",
+        "plan",
     ]
     assert all(hasattr(fdg_keras, name) for name in fdg_keras.__all__)
 
@@ -98,14 +99,40 @@ def test_shrinking():
 
 
 def test_plan():
-    assert list(defaults(fdg_keras.Plan)) == ["stages"]
+    assert list(defaults(fdg_keras.Plan)) == [
+        "stages",
+        "batch_size",
+        "delay",
+        "stash",
+        "step_s",
+        "whole_s",
+        "notes",
+    ]
     assert list(defaults(fdg_keras.StagePlan)) == [
         "device",
         "layers",
         "parameters",
         "operations",
         "sends",
+        "costs",
+        "forward_s",
+        "backward_s",
+        "sends_bytes",
+        "stash_bytes",
+        "peak_bytes",
+        "measured_s",
     ]
+    assert defaults(fdg_keras.plan) == {
+        "model": inspect.Parameter.empty,
+        "splits": 2,
+        "batch_size": 32,
+        "devices": None,
+        "delay": 2,
+        "stash": "exact",
+        "measure": True,
+        "memory_limit": None,
+        "cache_dir": None,
+    }
 
 
 @pytest.mark.parametrize("name", fdg_keras.__all__)
@@ -114,7 +141,9 @@ def test_what_is_public_is_documented(name):
     assert len(inspect.getdoc(thing).splitlines()) > 2
 
 
-@pytest.mark.parametrize("name", ["Trainer", "fit", "GradientShrinking"])
+@pytest.mark.parametrize(
+    "name", ["Trainer", "fit", "plan", "GradientShrinking"]
+)
 def test_every_argument_is_documented(name):
     thing = getattr(fdg_keras, name)
     text = inspect.getdoc(thing)

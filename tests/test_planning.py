@@ -8,8 +8,9 @@ import pytest
 import zoo
 from keras import layers
 
-from fdg_keras import Plan, StagePlan, planning
-from fdg_keras.planning import choose_cuts, make_plan, node_cost
+from fdg_keras import Plan, StagePlan, costs
+from fdg_keras.costs import node_cost
+from fdg_keras.planning import choose_cuts, make_plan
 from fdg_keras.slicing import cut_graph, trace_graph
 
 DEVICES = [f"/job:localhost/replica:0/task:0/device:CPU:{i}" for i in range(8)]
@@ -18,7 +19,7 @@ DEVICES = [f"/job:localhost/replica:0/task:0/device:CPU:{i}" for i in range(8)]
 @pytest.fixture(autouse=True)
 def costs_by_hand(monkeypatch):
     """Pins the cost of an element, so that costs can be checked by hand."""
-    monkeypatch.setattr(planning, "_OPERATIONS_PER_ELEMENT", 8.0)
+    monkeypatch.setattr(costs, "_OPERATIONS_PER_ELEMENT", 8.0)
 
 
 def graph_of(*made, shape=(4,), dtype=None):
@@ -39,14 +40,14 @@ def elements(graph, values):
 
 def slowest(graph, cuts):
     """Cost of the slowest stage, with what it receives and sends."""
-    costs = []
+    found = []
     for part in cut_graph(graph, cuts):
         moved = elements(graph, part.receives)
         if part.sends != graph.outputs:
             moved += elements(graph, part.sends)
         work = sum(node_cost(graph, node) for node in part.nodes)
-        costs.append(work + planning._OPERATIONS_PER_ELEMENT * moved)
-    return max(costs)
+        found.append(work + costs._OPERATIONS_PER_ELEMENT * moved)
+    return max(found)
 
 
 # -- Balance ------------------------------------------------------------------
@@ -274,6 +275,7 @@ def test_what_a_plan_says():
                 parameters=4 * 5 + 5 + 5 * 6 + 6,
                 operations=2.0 * (20 + 30) + 8 * (4 + 5 + 5 + 6),
                 sends=6,
+                costs=(2.0 * 20 + 8 * 9, 2.0 * 30 + 8 * 11),
             ),
             StagePlan(
                 device=DEVICES[1],
@@ -281,6 +283,7 @@ def test_what_a_plan_says():
                 parameters=6 * 7 + 7,
                 operations=2.0 * 42 + 8 * (6 + 7),
                 sends=7,
+                costs=(2.0 * 42 + 8 * 13,),
             ),
         )
     )

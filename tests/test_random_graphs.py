@@ -22,7 +22,8 @@ from matching import assert_same_weights
 
 import fdg_keras
 from fdg_keras import _keras
-from fdg_keras.planning import Plan, make_plan
+from fdg_keras.planning import make_plan
+from fdg_keras.plans import Plan
 from fdg_keras.slicing import Graph, cut_graph, trace_graph
 
 pytestmark = [

@@ -1,0 +1,266 @@
+"""`Plan`: which layers are where, what they cost, and how to look at it."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+_MIB = 2**20
+_VERSION = 1
+
+#: What goes without saying in a device's name.
+HERE = "/job:localhost/replica:0/task:0/device:"
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage of a plan.
+
+    Times and bytes are `None` where they are not known: a `Trainer` that cuts
+    by itself knows neither, a plan that was not measured has no times.
+
+    Attributes:
+        device: Full TensorFlow name of the device.
+        layers: Names of its layers and operations in order, `outer/inner`
+            within nested models.
+        parameters: Number of parameters, trainable and not.
+        operations: Estimated operations of a forward, for one sample.
+        sends: Elements it sends over the cut, for one sample.
+        costs: What each of its layers costs: seconds of forward and backward
+            for a batch, or else its estimated operations.
+        forward_s: Seconds of a batch's forward.
+        backward_s: Seconds of a batch's backward with the update.
+        sends_bytes: What crosses the cut after it with a batch.
+        stash_bytes: What it keeps of all batches between their forward and
+            their backward.
+        peak_bytes: All that it holds at most: weights and their copies, slots,
+            stash, links, and what a backward needs while it runs.
+        measured_s: Seconds that it computed in a tick of the last epoch.
+    """
+
+    device: str
+    layers: tuple[str, ...]
+    parameters: int
+    operations: float
+    sends: int
+    costs: tuple[float, ...] = ()
+    forward_s: float | None = None
+    backward_s: float | None = None
+    sends_bytes: int | None = None
+    stash_bytes: int | None = None
+    peak_bytes: int | None = None
+    measured_s: float | None = None
+
+    @property
+    def tick_s(self) -> float | None:
+        """Seconds of a forward and a backward, if they are known."""
+        if self.forward_s is None or self.backward_s is None:
+            return None
+        return self.forward_s + self.backward_s
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which layers are where, and what that costs. `print` it to see a table.
+
+    Attributes:
+        stages: In order.
+        batch_size: Samples in the batch that times and bytes are of.
+        delay: Batches of delay per hop that bytes are of.
+        stash: The stash mode that bytes are of.
+        step_s: Expected seconds of a training step.
+        whole_s: The same on the first device alone, by back-propagation.
+        notes: What a reader should know, a sentence or two each.
+    """
+
+    stages: tuple[StagePlan, ...]
+    batch_size: int | None = None
+    delay: int | None = None
+    stash: str | None = None
+    step_s: float | None = None
+    whole_s: float | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def cuts(self) -> tuple[int, ...]:
+        """How many layers and operations come before each cut."""
+        counts = [len(stage.layers) for stage in self.stages[:-1]]
+        return tuple(sum(counts[: i + 1]) for i in range(len(counts)))
+
+    @property
+    def speed_up(self) -> float | None:
+        """Expected steps per second, over those of one device."""
+        if self.step_s is None or self.whole_s is None:
+            return None
+        return self.whole_s / self.step_s
+
+    def on(self, devices: Sequence[str]) -> "Plan":
+        """Returns the same plan for other devices, one for each stage."""
+        stages = tuple(
+            dataclasses.replace(stage, device=device)
+            for stage, device in zip(self.stages, devices)
+        )
+        return dataclasses.replace(self, stages=stages)
+
+    def __str__(self) -> str:
+        columns = [column for column in self._columns() if any(column[2])]
+        lines = []
+        for row in zip(*([title, *cells] for title, _, cells in columns)):
+            padded = [
+                cell.rjust(width) if right else cell.ljust(width)
+                for cell, (title, right, cells) in zip(row, columns)
+                for width in [max(map(len, [title, *cells]))]
+            ]
+            lines.append("  ".join(padded).rstrip())
+        return "\n".join([*lines, *self._expectation(), *self.notes])
+
+    def _columns(self) -> list[tuple[str, bool, list[str]]]:
+        """Returns title, whether it has numbers, and cells; "" is unknown."""
+        stages = self.stages
+        total = sum(stage.operations for stage in stages) or 1.0
+        return [
+            ("stage", True, [str(k) for k in range(len(stages))]),
+            ("device", False, [s.device.removeprefix(HERE) for s in stages]),
+            ("from", False, [s.layers[0] for s in stages]),
+            ("to", False, [s.layers[-1] for s in stages]),
+            ("layers", True, [str(len(s.layers)) for s in stages]),
+            ("parameters", True, [f"{s.parameters:,}" for s in stages]),
+            (
+                "work %",
+                True,
+                [f"{100 * s.operations / total:.0f}" for s in stages],
+            ),
+            (
+                "sends",
+                True,
+                [*(f"{s.sends:,}" for s in stages[:-1]), "-"],
+            ),
+            ("forward ms", True, [_ms(s.forward_s) for s in stages]),
+            ("backward ms", True, [_ms(s.backward_s) for s in stages]),
+            ("measured ms", True, [_ms(s.measured_s) for s in stages]),
+            ("busy %", True, [self._busy(s) for s in stages]),
+            ("sends MiB", True, [_mib(s.sends_bytes) for s in stages]),
+            ("stash MiB", True, [_mib(s.stash_bytes) for s in stages]),
+            ("peak MiB", True, [_mib(s.peak_bytes) for s in stages]),
+        ]
+
+    def _busy(self, stage: StagePlan) -> str:
+        if stage.tick_s is None or not self.step_s:
+            return ""
+        return f"{100 * stage.tick_s / self.step_s:.0f}"
+
+    def _expectation(self) -> list[str]:
+        if not self.step_s or not self.whole_s:
+            return []
+        return [
+            f"Expected: {1 / self.step_s:.3g} steps/s of {self.batch_size} "
+            f"samples, {self.whole_s / self.step_s:.2f} times the "
+            f"{1 / self.whole_s:.3g} steps/s of one device"
+        ]
+
+    def to_json(self) -> str:
+        """Returns the plan as text, for `from_json`."""
+        return json.dumps(
+            {"version": _VERSION, **dataclasses.asdict(self)}, indent=1
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> "Plan":
+        """Returns the plan that `to_json` wrote, here or elsewhere.
+
+        Its devices are a proposal: a `Trainer` takes its own `devices`.
+
+        Raises:
+            ValueError: If `text` is not such a plan.
+        """
+        try:
+            record = json.loads(text)
+            if record.pop("version") != _VERSION:
+                raise ValueError("another version")
+            stages = tuple(map(_stage, record.pop("stages")))
+            notes = tuple(record.pop("notes"))
+            return cls(stages=stages, notes=notes, **record)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(
+                "Expected the text that `Plan.to_json` returns, of this "
+                f"version of fdg_keras. Received: {str(text)[:80]!r}"
+            ) from error
+
+    def plot(self) -> Image.Image:
+        """Draws the stages as bars, as long as a tick of theirs.
+
+        Returns:
+            A picture, 900 pixels wide: for each stage its forward, its backward
+            and its waiting for the slowest, or its share of the work if no
+            times are known; and its peak memory, if that is known.
+        """
+        return _draw(self)
+
+
+def _stage(record: dict[str, Any]) -> StagePlan:
+    for name in ("layers", "costs"):
+        record[name] = tuple(record[name])
+    return StagePlan(**record)
+
+
+def _ms(seconds: float | None) -> str:
+    return "" if seconds is None else f"{1e3 * seconds:.3g}"
+
+
+def _mib(count: int | None) -> str:
+    return "" if count is None else f"{count / _MIB:,.1f}"
+
+
+# In pixels.
+_WIDTH, _LEFT, _RIGHT, _TOP, _ROW, _BAR = 900, 110, 190, 64, 54, 30
+_INK, _GREY, _PAPER = "#222222", "#767676", "#ffffff"
+_FORWARD, _BACKWARD = "#3f68a8", "#b9611b"
+
+
+def _draw(plan: Plan) -> Image.Image:
+    stages = plan.stages
+    known = all(stage.tick_s is not None for stage in stages)
+    parts: list[Sequence[float]] = [
+        (s.forward_s or 0.0, s.backward_s or 0.0) if known else (s.operations,)
+        for s in stages
+    ]
+    longest = max(max(map(sum, parts)), plan.step_s or 0.0) or 1.0
+    picture = Image.new("RGB", (_WIDTH, _TOP + _ROW * len(stages) + 10), _PAPER)
+    pen = ImageDraw.Draw(picture)
+    small, large = ImageFont.load_default(13), ImageFont.load_default(16)
+    title = (
+        f"Forward and backward, {1e3 * longest:.3g} ms a step"
+        if known
+        else "Estimated operations"
+    )
+    pen.text((_LEFT, 12), title, _INK, large)
+    pen.text((_LEFT, 36), _legend(plan, known), _GREY, small)
+    for k, (stage, lengths) in enumerate(zip(stages, parts)):
+        top = _TOP + k * _ROW
+        pen.text((12, top + 6), f"stage {k}", _INK, small)
+        left = float(_LEFT)
+        full = _WIDTH - _LEFT - _RIGHT
+        pen.rectangle((_LEFT, top, _LEFT + full, top + _BAR), None, "#cccccc")
+        for length, colour in zip(lengths, (_FORWARD, _BACKWARD)):
+            right = left + full * length / longest
+            pen.rectangle((left, top, right, top + _BAR), colour)
+            left = right
+        text = f"{100 * sum(lengths) / longest:.0f} %"
+        if stage.peak_bytes is not None:
+            text += f", {_mib(stage.peak_bytes)} MiB"
+        pen.text((_LEFT + full + 12, top + 6), text, _INK, small)
+        span = f"{stage.layers[0]} to {stage.layers[-1]}"
+        pen.text((_LEFT, top + _BAR + 2), span[:90], _GREY, small)
+    return picture
+
+
+def _legend(plan: Plan, known: bool) -> str:
+    if not known:
+        return f"{len(plan.stages)} stages, of a forward of one sample"
+    return (
+        f"blue: forward, orange: backward and update, of {plan.batch_size} "
+        "samples; % of the step, peak memory"
+    )

@@ -1,0 +1,313 @@
+"""How long a model's layers take: measured one by one, repeated ones once.
+
+A layer is measured as a stage of its own: the forward and the backward that
+the engine would run, called over and over in a compiled loop. What is found
+is kept on disk, so that a plan of the same layers need not measure again.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from fdg_keras import _keras
+from fdg_keras.profiles import Profile, ProfileCache
+from fdg_keras.slicing import Graph, Node, Slice
+from fdg_keras.stages import Boundary, Stage
+
+# A loop lasts about this many seconds; the median of so many, of all pieces in
+# turns, counts. So a slow moment of the machine does not strike one piece.
+_LOOP_S = 0.02
+_ROUNDS = 7
+
+
+def profile(
+    graph: Graph,
+    batch_size: int,
+    device: str,
+    jit_compile: bool = False,
+    measure: bool = True,
+    cache_dir: str | os.PathLike | None = None,
+) -> list[Profile]:
+    """Measures the forward and the backward of each node on a device.
+
+    Nodes that compute the same, the blocks of a deep network, are measured
+    once. Updates are not measured.
+
+    Args:
+        graph: The model.
+        batch_size: Samples in a batch, at least 1. Other unknown sizes are
+            taken as 1.
+        device: Where to run, a full TensorFlow name.
+        jit_compile: Whether XLA compiles forward and backward.
+        measure: Whether to measure times; if not they are 0.
+        cache_dir: Where profiles are kept. Default: `FDG_KERAS_CACHE` in the
+            environment, or else `fdg_keras` in the user's folder for caches.
+
+    Returns:
+        A profile for each node.
+    """
+    needed = needs_gradient(graph)
+    wanted = [any(needed[v] for v in node.inputs) for node in graph.nodes]
+    setting = (batch_size, jit_compile, *_where(device))
+    keys = [
+        _key(graph, node, asked, setting)
+        for node, asked in zip(graph.nodes, wanted)
+    ]
+    cache = ProfileCache(cache_dir)
+    cached = {key: cache.read(key) for key in dict.fromkeys(keys)}
+    found = {key: one for key, one in cached.items() if one is not None}
+    pieces = {
+        key: _Piece(graph, node, asked, batch_size, device, jit_compile)
+        for key, node, asked in zip(keys, graph.nodes, wanted)
+        if key not in found
+    }
+    times: dict[str, list[Profile]] = {key: [] for key in pieces}
+    for _ in range(_ROUNDS if measure else 0):
+        for key, piece in pieces.items():
+            times[key].append(piece.run())
+    if not measure:
+        found.update((key, piece.untimed) for key, piece in pieces.items())
+        return [found[key] for key in keys]
+    for key, profiles in times.items():
+        found[key] = _median(profiles)
+        cache.write(key, found[key])
+    return [found[key] for key in keys]
+
+
+def description(device: str) -> str:
+    """Returns what is the same for devices that compute equally fast."""
+    return repr(_where(device))
+
+
+class _Piece:
+    """One node as a stage, ready to be run over and over."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        node: Node,
+        wanted: bool,
+        batch_size: int,
+        device: str,
+        jit_compile: bool,
+    ):
+        values = tuple(dict.fromkeys(node.inputs))
+        specs = tuple(
+            batch_spec(graph.symbols[value], batch_size) for value in values
+        )
+        part = Slice((node,), (), values, node.outputs)
+        stage = Stage(0, part, device, True, jit_compile)
+        outgoing = stage.trace(Boundary(values, specs=specs), [])
+        floating = [
+            spec.dtype.is_floating
+            for spec in outgoing.specs[: len(node.outputs)]
+        ]
+        stage.cut(floating, "exact", wanted)
+        pair = stage.pair
+        with tf.device(device):
+            weights = [tf.identity(v.value) for v in stage.weights]
+            state = [tf.identity(v.value) for v in stage.state]
+            arguments = [*weights, *state, *map(_sample, specs)]
+            outputs, _, _, made = pair.forward(*arguments)
+            outputs = outputs[: len(node.outputs)]
+            given = [
+                _sample(tf.TensorSpec(t.shape, t.dtype))
+                for t, is_float in zip(outputs, floating)
+                if is_float
+            ]
+        self._calls = [(pair.forward, arguments)]
+        if pair.backward is not None:
+            kept = pair.stash(arguments, made)
+            self._calls.append((pair.backward, [*given, *kept]))
+        read = set(pair.stash_arguments)
+        first = len(weights) + len(state)
+        others = [
+            one for one in made if not any(_equal(o, one) for o in outputs)
+        ]
+        #: What is known without measuring.
+        self.untimed = Profile(
+            forward_s=0.0,
+            backward_s=0.0,
+            processor_s=0.0,
+            keeps_inputs=tuple(first + i in read for i in range(len(values))),
+            keeps_outputs=tuple(
+                any(_equal(output, one) for one in made) for output in outputs
+            ),
+            keeps_bytes=sum(map(size_of, others)),
+        )
+
+    @functools.cached_property
+    def _loops(self) -> list["_Loop"]:
+        return [_Loop(function, tensors) for function, tensors in self._calls]
+
+    def run(self) -> Profile:
+        """Measures once."""
+        times = [loop.run() for loop in self._loops]
+        seconds = [one for one, _ in times]
+        return dataclasses.replace(
+            self.untimed,
+            forward_s=seconds[0],
+            backward_s=sum(seconds[1:]),
+            processor_s=sum(processor for _, processor in times),
+        )
+
+
+class _Loop:
+    """A function of tensors in a compiled loop."""
+
+    def __init__(self, function: Callable, arguments: Sequence[tf.Tensor]):
+        self._arguments = list(arguments)
+
+        def body(i: tf.Tensor, total: tf.Tensor) -> list[tf.Tensor]:
+            # Each turn waits for the one before, and reads its arguments anew.
+            with tf.control_dependencies([total]):
+                tensors = [tf.identity(t) for t in self._arguments]
+            results = tf.nest.flatten(
+                function(*tensors), expand_composites=True
+            )
+            # What nobody reads, TensorFlow would not compute.
+            return [i + 1, total + tf.add_n([_first(t) for t in results])]
+
+        def loop(turns: tf.Tensor) -> Any:
+            return tf.while_loop(
+                lambda i, _: i < turns, body, [0, 0.0], parallel_iterations=1
+            )[1]
+
+        self._loop = tf.function(loop, autograph=False).get_concrete_function(
+            tf.TensorSpec((), tf.int32)
+        )
+        self._time(1)  # initializes kernels
+        once, _ = self._time(1)
+        self._turns = int(min(max(_LOOP_S / max(once, 1e-6), 1), 1000))
+
+    def run(self) -> tuple[float, float]:
+        """Returns seconds per turn: that passed, and of all cores."""
+        seconds, processor = self._time(self._turns)
+        return seconds / self._turns, processor / self._turns
+
+    def _time(self, turns: int) -> tuple[float, float]:
+        count = tf.constant(turns)
+        processor = time.process_time()
+        start = time.perf_counter()
+        self._loop(count).numpy()
+        seconds = time.perf_counter() - start
+        return seconds, time.process_time() - processor
+
+
+def batch_spec(symbol: Any, batch_size: int) -> tf.TensorSpec:
+    """Returns shape and dtype of a value in a batch; other unknowns are 1."""
+    shape = [
+        d or (1 if axis else batch_size) for axis, d in enumerate(symbol.shape)
+    ]
+    return tf.TensorSpec(shape, symbol.dtype)
+
+
+def size_of(tensor: tf.Tensor | tf.TensorSpec) -> int:
+    """Returns the bytes of a tensor; what has no size of its own has none."""
+    if not tensor.shape.is_fully_defined() or tensor.dtype == tf.variant:
+        return 0
+    return int(tensor.shape.num_elements()) * tensor.dtype.size
+
+
+def _median(profiles: Sequence[Profile]) -> Profile:
+    return dataclasses.replace(
+        profiles[0],
+        **{
+            name: statistics.median(getattr(one, name) for one in profiles)
+            for name in ("forward_s", "backward_s", "processor_s")
+        },
+    )
+
+
+def _first(tensor: tf.Tensor) -> tf.Tensor:
+    """Returns a number that is known when the whole tensor is."""
+    if tensor.dtype == tf.variant:
+        return tf.constant(0.0)
+    return tf.reduce_sum(tf.cast(tf.reshape(tensor, [-1])[:1], tf.float32))
+
+
+def _sample(spec: tf.TensorSpec) -> tf.Tensor:
+    """Returns what may stand for a value: no index is out of any range."""
+    if spec.dtype.is_floating:
+        values = tf.random.stateless_normal(spec.shape, [1, 2])
+        return tf.cast(values, spec.dtype)
+    return tf.zeros(spec.shape, spec.dtype)
+
+
+def _equal(a: tf.Tensor, b: tf.Tensor) -> bool:
+    if a.dtype != b.dtype or a.shape != b.shape or a.dtype == tf.variant:
+        return False
+    return bool(tf.reduce_all(tf.equal(a, b)))
+
+
+def needs_gradient(graph: Graph) -> list[bool]:
+    """Returns for each value whether trainable weights lie before it."""
+    needed = [False] * len(graph.symbols)
+    for node in graph.nodes:
+        found = any(needed[v] for v in node.inputs) or any(
+            v.trainable for v in node.variables
+        )
+        for value in node.outputs:
+            needed[value] = found
+    return needed
+
+
+def _where(device: str) -> tuple:
+    """Returns what else a duration depends on."""
+    spec = tf.DeviceSpec.from_string(device)
+    kind = spec.device_type
+    if kind == "GPU":
+        gpus = tf.config.list_physical_devices("GPU")
+        index = min(spec.device_index or 0, len(gpus) - 1)
+        kind = repr(tf.config.experimental.get_device_details(gpus[index]))
+    return (
+        kind,
+        (spec.job, spec.task) if spec.job != "localhost" else None,
+        os.cpu_count(),
+        tf.config.threading.get_intra_op_parallelism_threads(),
+        tf.__version__,
+        keras.__version__,
+    )
+
+
+def _key(graph: Graph, node: Node, wanted: bool, setting: tuple) -> str:
+    """Returns a name that nodes share if they compute the same."""
+    numbers = {v: i for i, v in enumerate(dict.fromkeys(node.inputs))}
+    operation = node.operation
+    text = repr(
+        (
+            type(operation).__module__,
+            type(operation).__qualname__,
+            _configuration(node),
+            [
+                (numbers[v], graph.symbols[v].shape, graph.symbols[v].dtype)
+                for v in node.inputs
+            ],
+            [(v.shape, v.dtype, v.trainable) for v in node.variables],
+            wanted,
+            setting,
+        )
+    )
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _configuration(node: Node) -> Any:
+    """Returns the settings of an operation and of its call, without names."""
+    arguments = _keras.tree.map_structure(
+        lambda x: None if isinstance(x, keras.KerasTensor) else repr(x),
+        (node.call.arguments.args, node.call.arguments.kwargs),
+    )
+    try:
+        config = dict(node.operation.get_config())
+    except Exception:
+        config = {"name": None, "of": node.name}
+    config.pop("name", None)
+    return config, arguments
