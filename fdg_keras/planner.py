@@ -124,7 +124,7 @@ def plan(
         _timed(stage, times[k, a:b], paid[k], a, b)
         for k, (stage, (a, b)) in enumerate(zip(stages, edges))
     ]
-    whole_s = times[0].sum() + _TICK_S
+    whole_s = float(times[0].sum())
     processor_s = sum(p.processor_s for p in kind_of[0].profiles)
     return _expected(
         dataclasses.replace(found, stages=tuple(timed), whole_s=whole_s),

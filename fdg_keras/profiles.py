@@ -1,5 +1,6 @@
 """What was measured of a node, and where that is kept on disk."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -64,4 +65,5 @@ class ProfileCache:
             beside.write_text(json.dumps(dataclasses.asdict(found)))
             beside.replace(path)
         except OSError:
-            beside.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                beside.unlink()

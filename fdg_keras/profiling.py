@@ -64,11 +64,12 @@ def profile(
     cache = ProfileCache(cache_dir)
     cached = {key: cache.read(key) for key in dict.fromkeys(keys)}
     found = {key: one for key, one in cached.items() if one is not None}
-    pieces = {
-        key: _Piece(graph, node, asked, batch_size, device, jit_compile)
-        for key, node, asked in zip(keys, graph.nodes, wanted)
-        if key not in found
-    }
+    pieces: dict[str, _Piece] = {}
+    for key, node, asked in zip(keys, graph.nodes, wanted):
+        if key not in found and key not in pieces:
+            pieces[key] = _Piece(
+                graph, node, asked, batch_size, device, jit_compile
+            )
     times: dict[str, list[Profile]] = {key: [] for key in pieces}
     for _ in range(_ROUNDS if measure else 0):
         for key, piece in pieces.items():

@@ -66,7 +66,7 @@ def test_trainer():
         **SETTINGS,
     }
     public = {name for name in vars(fdg_keras.Trainer) if name[0] != "_"}
-    assert public == {"fit", "evaluate", "predict", "statistics"}
+    assert public == {"fit", "evaluate", "plan", "predict", "statistics"}
 
 
 def test_fit():

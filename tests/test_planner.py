@@ -1,0 +1,328 @@
+"""Plans that are measured: what they say, and that training follows them."""
+
+import dataclasses
+import itertools
+import json
+import warnings
+
+import keras
+import numpy as np
+import pytest
+import zoo
+from keras import layers
+
+import fdg_keras
+from fdg_keras import Plan, Trainer, planner
+from fdg_keras.planning import choose_cuts, with_measured
+from fdg_keras.profiles import Profile, ProfileCache
+from fdg_keras.profiling import profile
+from fdg_keras.slicing import trace_graph
+
+DEVICE = "/job:localhost/replica:0/task:0/device:CPU:0"
+
+
+def network(blocks=4):
+    """Alike blocks of convolutions, compiled."""
+    inputs = keras.Input((8, 8, 3), name="image")
+    h = layers.Conv2D(4, 3, padding="same", name="stem")(inputs)
+    for i in range(blocks):
+        shortcut = h
+        h = layers.Conv2D(4, 3, padding="same", name=f"conv{i}")(h)
+        h = layers.BatchNormalization(name=f"norm{i}")(h)
+        h = layers.Add(name=f"add{i}")([shortcut, h])
+    h = layers.GlobalAveragePooling2D(name="pool")(h)
+    model = keras.Model(inputs, layers.Dense(3, name="head")(h))
+    model.compile(
+        keras.optimizers.SGD(0.1, momentum=0.9),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    return model
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch, tmp_path):
+    """Measures in short turns, keeps nothing, warns of nothing."""
+    monkeypatch.setattr("fdg_keras.profiling._LOOP_S", 0.001)
+    monkeypatch.setenv("FDG_KERAS_CACHE", str(tmp_path / "cache"))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Splitting will hardly pay")
+        yield
+
+
+def test_a_measured_plan_knows_everything():
+    model = network()
+    plan = fdg_keras.plan(model, 3, batch_size=8, devices=["CPU:0"] * 3)
+    for stage in plan.stages:
+        known = dataclasses.asdict(stage)
+        assert known.pop("measured_s") is None
+        assert all(value is not None for value in known.values())
+        assert stage.forward_s > 0
+        assert stage.backward_s > 0
+        assert len(stage.costs) == len(stage.layers)
+        assert stage.peak_bytes > stage.stash_bytes > 0
+    assert [s.sends_bytes for s in plan.stages[:-1]] == [
+        8 * 4 * s.sends for s in plan.stages[:-1]
+    ]
+    assert plan.stages[-1].sends_bytes == 0
+    # One device has all to do: no step is shorter than all ticks.
+    assert plan.step_s >= sum(stage.tick_s for stage in plan.stages)
+    assert plan.speed_up == plan.whole_s / plan.step_s
+
+
+def test_the_cuts_are_the_best_of_all():
+    graph = trace_graph(network())
+    plan = fdg_keras.plan(network(), 3, 8, [f"CPU:{k}" for k in range(3)])
+    costs = np.concatenate([stage.costs for stage in plan.stages])
+    ends = [p + 1 for p in graph.legal_cuts()]
+    best = min(
+        max(
+            costs[a:b].sum()
+            for a, b in itertools.pairwise([0, i, j, len(costs)])
+        )
+        for i, j in itertools.combinations(ends, 2)
+    )
+    slowest = max(sum(stage.costs) for stage in plan.stages)
+    np.testing.assert_allclose(slowest, best)
+
+
+def test_what_is_alike_is_measured_once(monkeypatch):
+    made = []
+    init = fdg_keras.profiling._Piece.__init__
+
+    def counting(self, graph, node, *rest):
+        made.append(node.name)
+        init(self, graph, node, *rest)
+
+    monkeypatch.setattr(fdg_keras.profiling._Piece, "__init__", counting)
+    profile(trace_graph(network(blocks=8)), 8, DEVICE)
+    assert made == ["stem", "conv0", "norm0", "add0", "pool", "head"]
+
+
+def test_what_was_measured_is_kept(monkeypatch, tmp_path):
+    graph = trace_graph(network())
+    first = profile(graph, 8, DEVICE, cache_dir=tmp_path)
+    monkeypatch.setattr("fdg_keras.profiling._Piece", None)
+    assert profile(graph, 8, DEVICE, cache_dir=tmp_path) == first
+    # Of another batch or device nothing is known.
+    with pytest.raises(TypeError, match="callable"):
+        profile(graph, 16, DEVICE, cache_dir=tmp_path)
+    with pytest.raises(TypeError, match="callable"):
+        profile(graph, 8, DEVICE, jit_compile=True, cache_dir=tmp_path)
+
+
+def test_a_cache_never_fails(tmp_path):
+    found = Profile(1.0, 2.0, 3.0, (True, False), (False,), 12)
+    cache = ProfileCache(tmp_path)
+    cache.write("one", found)
+    assert cache.read("one") == found
+    assert cache.read("two") is None
+    (tmp_path / "one.json").write_text("{")
+    assert cache.read("one") is None
+    (tmp_path / "file").write_text("")
+    beneath_a_file = ProfileCache(tmp_path / "file")
+    beneath_a_file.write("one", found)
+    assert beneath_a_file.read("one") is None
+
+
+def test_costs_are_those_of_the_layers():
+    """A layer with a hundred times the work is found to be slower."""
+    model = keras.Sequential(
+        [
+            keras.Input((64,)),
+            layers.Dense(64, name="small"),
+            layers.Dense(2048, name="large"),
+            layers.Dense(2048, name="larger"),
+        ]
+    )
+    small, _, larger = profile(trace_graph(model), 64, DEVICE)
+    assert larger.forward_s > 3 * small.forward_s
+    assert larger.backward_s > 3 * small.backward_s
+    # The first needs no gradient of its input, what is frozen none at all.
+    model.trainable = False
+    for found in profile(trace_graph(model), 64, DEVICE):
+        assert found.backward_s == 0
+        assert not found.keeps_bytes
+
+
+@pytest.mark.parametrize("name", list(zoo.ZOO))
+def test_any_model_can_be_planned(name):
+    model = zoo.ZOO[name]().model
+    plan = fdg_keras.plan(model, 2, 8, ["CPU:0", "CPU:1"])
+    assert plan.step_s > 0
+    assert "steps/s" in str(plan)
+
+
+def test_not_measured():
+    model = network()
+    plan = fdg_keras.plan(model, 3, 8, ["CPU:0"] * 3, measure=False)
+    assert plan.cuts == Trainer(model, 3, ["CPU:0"] * 3).plan.cuts
+    assert plan.step_s is None
+    assert plan.speed_up is None
+    assert all(stage.tick_s is None for stage in plan.stages)
+    assert all(stage.peak_bytes > 0 for stage in plan.stages)
+    assert "ms" not in str(plan)
+
+
+def test_a_plan_travels_as_text():
+    plan = fdg_keras.plan(network(), 2, 8, ["CPU:0", "CPU:1"])
+    assert Plan.from_json(plan.to_json()) == plan
+    record = json.loads(plan.to_json())
+    record["version"] = 99
+    for text in ("", "[]", "{}", json.dumps(record), "7"):
+        with pytest.raises(ValueError, match=r"Plan.to_json.*Received"):
+            Plan.from_json(text)
+
+
+def test_training_follows_a_plan():
+    model = network()
+    plan = fdg_keras.plan(model, 3, 8, ["CPU:0", "CPU:1", "CPU:2"])
+    trainer = Trainer(model, plan, ["CPU:3", "CPU:4", "CPU:5"])
+    assert trainer.plan == plan.on(
+        [f"/job:localhost/replica:0/task:0/device:CPU:{k}" for k in (3, 4, 5)]
+    )
+    x, y = np.ones((32, 8, 8, 3), "float32"), np.zeros(32)
+    trainer.fit(x, y, batch_size=8, verbose=0)
+    after = trainer.plan
+    assert all(stage.measured_s > 0 for stage in after.stages)
+    assert [s.forward_s for s in after.stages] == [
+        s.forward_s for s in plan.stages
+    ]
+    assert "measured ms" in str(after)
+    assert "Measured: stage" in str(after)
+    # Neither is it the plan's own, nor does it add up.
+    assert trainer.plan == after
+    assert all(stage.measured_s is None for stage in plan.stages)
+
+
+def test_a_plan_of_another_model():
+    plan = fdg_keras.plan(network(4), 2, 8, measure=False)
+    with pytest.raises(
+        ValueError, match="another model: expected layer 'conv3'"
+    ):
+        Trainer(network(3), plan)
+
+
+def test_advice_moves_a_cut_from_the_slowest_stage():
+    graph = trace_graph(network(6))
+    model = network(6)
+    trainer = Trainer(model, ["conv0"], ["CPU:0", "CPU:1"])
+    plan = trainer.plan
+    seconds = [1e-3 * len(stage.layers) for stage in plan.stages]
+    # All layers take equally long, and so many are in the second stage.
+    plan = dataclasses.replace(
+        plan,
+        stages=tuple(
+            dataclasses.replace(s, costs=(1.0,) * len(s.layers))
+            for s in plan.stages
+        ),
+    )
+    note = with_measured(graph, plan, seconds).notes[-1]
+    assert "stage 1 is the slowest" in note
+    assert "Cut after 'conv3' instead of 'conv0'" in note
+    balanced = Trainer(model, ["conv3"], ["CPU:0", "CPU:1"]).plan
+    note = with_measured(graph, balanced, [1e-3, 1.01e-3]).notes[-1]
+    assert "no cut is worth moving" in note
+
+
+def test_it_says_when_splitting_does_not_pay(monkeypatch):
+    monkeypatch.setattr("fdg_keras.profiling._LOOP_S", 0.02)
+    model = keras.Sequential(
+        [keras.Input((4,)), layers.Dense(4), layers.Dense(4)]
+    )
+    with pytest.warns(UserWarning, match="hardly pay.*of its own"):
+        plan = fdg_keras.plan(model, 2, 8, ["CPU:0", "CPU:1"])
+    assert "hardly pay" in str(plan)
+
+
+def plan_of(*ticks, step_s, whole_s, devices=None):
+    """A plan whose stages have one layer each."""
+    model = keras.Sequential(
+        [
+            keras.Input((4,)),
+            *(layers.Dense(4, name=f"d{i}") for i in range(len(ticks))),
+        ]
+    )
+    names = [f"d{i}" for i in range(len(ticks) - 1)]
+    plan = Trainer(_compiled(model), names, ["CPU:0"] * len(ticks)).plan
+    stages = tuple(
+        dataclasses.replace(s, costs=(t,), forward_s=t / 2, backward_s=t / 2)
+        for s, t in zip(plan.stages, ticks)
+    )
+    return dataclasses.replace(
+        plan, stages=stages, step_s=step_s, whole_s=whole_s
+    )
+
+
+def _compiled(model):
+    model.compile("sgd", "mse")
+    return model
+
+
+@pytest.mark.parametrize(
+    ("plan", "cores", "reason"),
+    [
+        (((0.1, 0.1), 0.2, 0.2), 2, "share the 2 cores of one machine"),
+        (((0.1, 0.1), 0.2, 0.2), None, "fewer devices than stages"),
+        (((0.01, 0.19), 0.19, 0.2), None, "'d1' alone takes 95 % of the time"),
+    ],
+)
+def test_why_splitting_does_not_pay(plan, cores, reason):
+    ticks, step_s, whole_s = plan
+    found = plan_of(*ticks, step_s=step_s, whole_s=whole_s)
+    assert reason in planner._reason(found, max(ticks), cores)
+
+
+def test_memory_limits_move_cuts():
+    model = network(8)
+    devices = [f"CPU:{k}" for k in range(2)]
+    free = fdg_keras.plan(model, 2, 8, devices, measure=False)
+    limit = int(0.9 * max(stage.peak_bytes for stage in free.stages))
+    held = fdg_keras.plan(
+        model, 2, 8, devices, measure=False, memory_limit=limit
+    )
+    assert held.cuts != free.cuts
+    assert all(stage.peak_bytes <= limit for stage in held.stages)
+
+
+def test_memory_limits_that_cannot_be_met():
+    with pytest.raises(
+        ValueError, match=r"stage \d of 2 needs .* What would fit: .*replay"
+    ):
+        fdg_keras.plan(network(), 2, 64, measure=False, memory_limit=2**20)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"splits": 0},
+        {"splits": 2.0},
+        {"splits": 400},
+        {"batch_size": 0},
+        {"batch_size": None},
+        {"delay": -1},
+        {"stash": "all"},
+        {"devices": ["TPU:7"]},
+        {"memory_limit": [1, 2, 3]},
+    ],
+)
+def test_bad_input(wrong):
+    with pytest.raises(ValueError, match="Received"):
+        fdg_keras.plan(network(), **wrong)
+
+
+def test_choose_cuts_takes_a_plan():
+    model = network()
+    plan = fdg_keras.plan(model, 4, 8, measure=False)
+    cuts = choose_cuts(trace_graph(model), plan)
+    assert tuple(cut + 1 for cut in cuts) == plan.cuts
+
+
+def test_a_picture():
+    """Each stage has a bar, of its colours, as long as its tick is."""
+    found = plan_of(0.1, 0.2, step_s=0.2, whole_s=0.3)
+    picture = np.array(found.plot())
+    assert picture.shape[1] == 900
+    blue = (picture == (0x3F, 0x68, 0xA8)).all(-1).sum()
+    orange = (picture == (0xB9, 0x61, 0x1B)).all(-1).sum()
+    assert blue == pytest.approx(orange, rel=0.05)
+    assert blue == pytest.approx(1.5 * 300 * 31, rel=0.1)
