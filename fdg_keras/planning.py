@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import math
 import numbers
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 from fdg_keras.balancing import best_ends
 from fdg_keras.costs import cut_costs, elements, node_cost
 from fdg_keras.plans import Plan, StagePlan
-from fdg_keras.slicing import Graph, Slice
+from fdg_keras.slicing import Graph, Slice, cut_graph
 
 # Advice that promises less than this part of a tick is not given.
 _WORTH_MOVING = 0.05
@@ -243,7 +244,7 @@ def _cuts_of_plan(graph: Graph, plan: Plan) -> list[int]:
     planned = [name for stage in plan.stages for name in stage.layers]
     actual = [node.name for node in graph.nodes]
     for position, (a, b) in enumerate(zip(planned, actual)):
-        if a != b:
+        if _uncounted(a) != _uncounted(b):
             raise ValueError(
                 "The plan was made for another model: expected layer "
                 f"{a!r} at position {position}, received {b!r}."
@@ -253,7 +254,25 @@ def _cuts_of_plan(graph: Graph, plan: Plan) -> list[int]:
             f"The plan was made for another model: expected {len(planned)} "
             f"layers and operations, received {len(actual)}."
         )
-    return [count - 1 for count in plan.cuts]
+    cuts = [count - 1 for count in plan.cuts]
+    devices = [stage.device for stage in plan.stages]
+    here = make_plan(graph, cut_graph(graph, cuts), devices)
+    for k, (a, b) in enumerate(zip(plan.stages, here.stages)):
+        if a.parameters != b.parameters:
+            raise ValueError(
+                f"The plan was made for another model: expected stage {k}, "
+                f"{a.layers[0]!r} to {a.layers[-1]!r}, to have "
+                f"{a.parameters:,} parameters, received {b.parameters:,}."
+            )
+    return cuts
+
+
+def _uncounted(name: str) -> str:
+    """Returns a name without the numbers by which Keras tells layers apart.
+
+    They count all that a process has made so far.
+    """
+    return re.sub(r"_\d+(?=/|$)", "", name)
 
 
 def _bad_splits(splits: Any) -> str:

@@ -47,8 +47,9 @@ class Trainer:
     Args:
         model: A compiled Functional or Sequential model. Its `compile()` gives
             optimizer, loss, metrics and `steps_per_execution`.
-        splits: Number of stages K, cut where their estimated costs balance; or
-            a list of names of layers to cut after; or a `Plan`.
+        splits: Number of stages K, cut where their estimated costs balance,
+            alike on every machine; or a list of names of layers to cut after;
+            or a `Plan`, such as `fdg_keras.plan` makes by measuring.
         devices: Device names as `tf.device` takes them. Fewer than stages are
             dealt round robin, with a warning. Default: all GPUs, or all
             logical CPUs if there is none.

@@ -151,11 +151,12 @@ class OneCore:
 class Linked:
     """The stages as they train: `delay=0` is locked, `delay=2` FDG."""
 
-    def __init__(self, name, hidden, batch, splits, delay):
-        self._model, self._data = build(name, hidden, batch)
-        devices = [f"CPU:{k}" for k in range(splits)]
+    def __init__(self, built, splits, delay):
+        self._model, self._data = built
+        count = splits if isinstance(splits, int) else len(splits.stages)
+        devices = [f"CPU:{k}" for k in range(count)]
         self.trainer = Trainer(self._model, splits, devices, delay)
-        self._late = delays.stage_delay(0, splits, delay)
+        self._late = delays.stage_delay(0, count, delay)
         self.usage: list[list[dict]] = []
 
     def run(self, steps: int) -> float:
@@ -196,23 +197,23 @@ class Unlinked:
     def __init__(self, linked: Linked, batch: int):
         self._linked = linked
         with linked.pipeline() as (pipeline, _):
-            self._loops = []
+            self.loops = []
             for stage, ports in zip(pipeline.stages, pipeline.ports):
                 constants = {
                     name: None if link is None else Constants(link, batch)
                     for name, link in vars(ports).items()
                 }
                 loop = pipeline.make_loop(stage, Ports(**constants))
-                self._loops.append(loop)
+                self.loops.append(loop)
 
     def run(self, steps: int) -> float:
         """Returns seconds per step of the slowest loop."""
         with self._linked.pipeline():
-            for loop in self._loops:
+            for loop in self.loops:
                 loop(loop.late, 2, 0, 0.01)
             threads = [
                 threading.Thread(target=loop, args=(0, steps, 0, 0.01))
-                for loop in self._loops
+                for loop in self.loops
             ]
             start = time.perf_counter()
             for thread in threads:
@@ -220,17 +221,17 @@ class Unlinked:
             for thread in threads:
                 thread.join()
             seconds = (time.perf_counter() - start) / steps
-            for loop in self._loops:
+            for loop in self.loops:
                 loop(0, 0, loop.late, 0.01)
             return seconds
 
 
 def measure(name, hidden, batch, splits, rounds):
     """Measures one case; returns an entry of the JSON file."""
-    linked = Linked(name, hidden, batch, splits, delay=2)
+    linked = Linked(build(name, hidden, batch), splits, delay=2)
     variants = {
         "one_core": OneCore(name, hidden, batch),
-        "locked": Linked(name, hidden, batch, splits, delay=0),
+        "locked": Linked(build(name, hidden, batch), splits, delay=0),
         "fdg": linked,
         "unlinked": Unlinked(linked, batch),
     }

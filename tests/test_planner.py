@@ -202,6 +202,26 @@ def test_a_plan_of_another_model():
         Trainer(network(3), plan)
 
 
+def test_a_plan_of_a_model_with_other_sizes():
+    plan = fdg_keras.plan(network(), 2, 8, measure=False)
+    inputs = keras.Input((8, 8, 5), name="image")
+    other = keras.models.clone_model(network(), input_tensors=inputs)
+    with pytest.raises(ValueError, match=r"stage 0, 'stem' to .* parameters"):
+        Trainer(_compiled(other), plan)
+
+
+def test_a_plan_knows_layers_that_were_named_by_keras():
+    """Their numbers count all that a process has made before."""
+
+    def unnamed():
+        inputs = keras.Input((4,))
+        h = layers.Dense(4)(layers.Dense(4)(inputs) * 2.0)
+        return _compiled(keras.Model(inputs, h))
+
+    plan = fdg_keras.plan(unnamed(), 2, 8, measure=False)
+    assert Trainer(unnamed(), plan).plan.cuts == plan.cuts
+
+
 def test_advice_moves_a_cut_from_the_slowest_stage():
     graph = trace_graph(network(6))
     model = network(6)
