@@ -163,6 +163,13 @@ def test_jitter_keeps_the_mean_and_has_the_deviation():
     assert np.std(found) == approx(0.5, rel=0.1)
 
 
+def test_gradients_that_piled_up_do_not_promise_too_much():
+    """The first stages are faster for long, until they have used them up."""
+    costs = [Cost(1.0, 2.0)] * 32
+    costs[20] = Cost(1.0, 2.1)
+    assert seconds(costs) == approx(3.1)
+
+
 def test_links_that_are_full_block():
     """K=2: stage 0 could run ahead while it fills, and cannot send."""
     costs = [Cost(1.0, 0.0), Cost(10.0, 0.0)]
