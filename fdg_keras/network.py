@@ -27,7 +27,8 @@ class Wire:
         #: Since when each free place is free. It is taken as a transfer is
         #: asked for, until the reader begins with what came.
         self.room = deque([0.0] * capacity)
-        #: The reader that waits for a unit to be sent, the writer for room.
+        #: The reader while it waits for a unit to be sent, and the writer
+        #: while it waits for room.
         self.reader: Stage | None = None
         self.writer: Stage | None = None
 
@@ -90,57 +91,33 @@ def connect(
     after.writes["B"] = before.reads["B"] = gradients
 
 
-def run(stages: Sequence[Stage], shared: bool) -> None:
-    """Runs all passes of all stages, or as many as can be run.
+class Network:
+    """Connected stages, which run all their passes once.
 
     Args:
-        stages: Connected. Afterwards one that has passes left waits for
-            another in a circle.
+        stages: In order of their index.
         shared: Whether any of them share a device.
     """
-    # Passes whose input has been sent, by when it is there. Stages that share
-    # processors are served in that order. For others any order gives the same
-    # times, and a stack is quicker.
-    queue: list[tuple[float, int]] = []
-    put: Callable = heapq.heappush if shared else list.append
-    take: Callable = heapq.heappop if shared else list.pop
 
-    def go_on(stage: Stage) -> None:
-        """Goes to the next pass, if there is any."""
-        following = next(stage.passes, None)
-        if following is not None:
-            stage.kind, stage.seconds = following
-            await_input(stage)
+    def __init__(self, stages: Sequence[Stage], shared: bool):
+        self._stages = stages
+        # Passes whose input has been sent, by when it is there. Stages that
+        # share processors are served in that order. For others any order gives
+        # the same times, and a stack is quicker.
+        self._queue: list[tuple[float, int]] = []
+        self._put: Callable = heapq.heappush if shared else list.append
+        self._take: Callable = heapq.heappop if shared else list.pop
 
-    def await_input(stage: Stage) -> None:
-        wire = stage.reads[stage.kind]
-        if wire is None:
-            put(queue, (stage.now, stage.index))
-        elif wire.arrivals:
-            put(queue, (max(stage.now, wire.arrivals[0]), stage.index))
-        else:
-            wire.reader = stage
+    def run(self) -> None:
+        """Runs until every stage has ended or waits for another for good."""
+        for stage in self._stages:
+            self._go_on(stage)
+        while self._queue:
+            ready, index = self._take(self._queue)
+            self._pass(self._stages[index], ready)
 
-    def hand_on(stage: Stage) -> None:
-        """Sends what a pass made, and goes on, if there is room."""
-        wire = stage.writes[stage.kind]
-        if wire is not None:
-            if not wire.room:
-                wire.writer = stage
-                return
-            sent = wire.send(stage.now)
-            stage.blocked += sent - stage.now
-            stage.now = sent
-            if wire.reader is not None:
-                reader, wire.reader = wire.reader, None
-                await_input(reader)
-        go_on(stage)
-
-    for stage in stages:
-        go_on(stage)
-    while queue:
-        ready, index = take(queue)
-        stage = stages[index]
+    def _pass(self, stage: Stage, ready: float) -> None:
+        """Runs the pass a stage is at, whose input is there at `ready`."""
         start = max(ready, stage.cores[0])
         stage.waited[stage.kind] += ready - stage.now
         stage.queued += start - ready
@@ -154,5 +131,38 @@ def run(stages: Sequence[Stage], shared: bool) -> None:
             wire.room.append(start)
             if wire.writer is not None:
                 writer, wire.writer = wire.writer, None
-                hand_on(writer)
-        hand_on(stage)
+                self._hand_on(writer)
+        self._hand_on(stage)
+
+    def _hand_on(self, stage: Stage) -> None:
+        """Sends what a pass made, and goes on, if there is room."""
+        wire = stage.writes[stage.kind]
+        if wire is not None:
+            if not wire.room:
+                wire.writer = stage
+                return
+            sent = wire.send(stage.now)
+            stage.blocked += sent - stage.now
+            stage.now = sent
+            if wire.reader is not None:
+                reader, wire.reader = wire.reader, None
+                self._await_input(reader)
+        self._go_on(stage)
+
+    def _go_on(self, stage: Stage) -> None:
+        """Goes to the next pass, if there is any."""
+        following = next(stage.passes, None)
+        if following is not None:
+            stage.kind, stage.seconds = following
+            self._await_input(stage)
+
+    def _await_input(self, stage: Stage) -> None:
+        """Queues the pass a stage is at, once its input has been sent."""
+        wire = stage.reads[stage.kind]
+        if wire is None:
+            self._put(self._queue, (stage.now, stage.index))
+        elif wire.arrivals:
+            ready = max(stage.now, wire.arrivals[0])
+            self._put(self._queue, (ready, stage.index))
+        else:
+            wire.reader = stage

@@ -13,7 +13,6 @@ What is not: failures, the end of an epoch, operations that run on several
 processors, and passes that slow each other down otherwise than by waiting.
 """
 
-import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fdg_keras.network import Stage, Wire, connect, run
+from fdg_keras.network import Network, Stage, Wire, connect
 from fdg_keras.resources import (
     STASHES,
     Cable,
@@ -130,19 +129,19 @@ def simulate(
     check_whole("cores", cores, "the processors of a device", 1)
     needed = peak_bytes(costs, schedule, stash, capacity)
 
-    count = len(costs)
-    units = [_unit(c, schedule, stash, overhead_s) for c in costs]
+    units = [_unit(cost, schedule, stash, overhead_s) for cost in costs]
     hosts = [[0.0] * cores for _ in range(devices)]
-    stages = [Stage(k, hosts[k % devices]) for k in range(count)]
-    for k, cable in enumerate(cables if devices > 1 else [Cable()] * count):
-        if k < count - 1:
-            activations = _wire(cable, units[k].sends, capacity)
-            gradients = _wire(cable, units[k + 1].gradient_sends, capacity)
-            connect(stages[k], stages[k + 1], activations, gradients)
+    stages = [Stage(k, hosts[k % devices]) for k in range(len(costs))]
     for stage, unit in zip(stages, units):
         factors = _factors(jitter, seed, stage.index)
-        stage.passes = _passes(stage, unit, schedule, count, factors, batches)
-    run(stages, shared=devices < count)
+        stage.passes = _passes(
+            stage, unit, schedule, len(costs), factors, batches
+        )
+    if devices > 1:
+        _connect(stages, units, cables, capacity)
+    else:
+        _connect(stages, units, [Cable()] * len(cables), capacity)
+    Network(stages, shared=devices < len(costs)).run()
     _check_finished(stages, capacity)
     return Result(
         # While it filled, gradients may have piled up before a stage. Until
@@ -169,8 +168,19 @@ def _unit(
     )
 
 
-def _wire(cable: Cable, size: float, capacity: int) -> Wire:
-    return Wire(size / cable.bytes_per_s, cable.latency_s, capacity)
+def _connect(
+    stages: Sequence[Stage],
+    units: Sequence[Cost],
+    cables: Sequence[Cable],
+    capacity: int,
+) -> None:
+    for k, cable in enumerate(cables):
+        sizes = units[k].sends, units[k + 1].gradient_sends
+        activations, gradients = (
+            Wire(size / cable.bytes_per_s, cable.latency_s, capacity)
+            for size in sizes
+        )
+        connect(stages[k], stages[k + 1], activations, gradients)
 
 
 def _passes(
@@ -196,12 +206,11 @@ def _factors(jitter: float, seed: int, stage: int) -> Iterator[float]:
     if not jitter:
         return itertools.repeat(1.0)
     variance = math.log1p(jitter**2)  # of the logarithm
+    mean, deviation = -variance / 2, math.sqrt(variance)
     random = np.random.default_rng([seed, stage])
-    draw = functools.partial(
-        random.lognormal, -variance / 2, math.sqrt(variance), 256
-    )
     return itertools.chain.from_iterable(
-        draw().tolist() for _ in itertools.count()
+        random.lognormal(mean, deviation, 256).tolist()
+        for _ in itertools.count()
     )
 
 
