@@ -80,6 +80,15 @@ flags.register_validator(
 for name in ("operations_per_s", "gbit_per_s"):
     flags.register_validator(name, lambda value: value > 0, "must be above 0")
 
+# In the picture, where the limit would mostly lie below other curves.
+_NAMES = {
+    "locked": "back-propagation, locked",
+    "GPipe": "GPipe",
+    "1F1B": "1F1B",
+    "delay 1": "delay 1 (the schedule of DDG)",
+    "delay 2": "delay 2 (FDG)",
+    "delay 3": "delay 3",
+}
 _BYTES = 4  # of a float32
 _BACKWARD = 2.0  # forwards that a backward takes
 
@@ -170,9 +179,11 @@ def main(argv: list[str]) -> None:
             curves.setdefault(name, []).append((splits, alone / each))
         row = "".join(f"{curve[-1][1]:>9.2f}" for curve in curves.values())
         print(f"{splits:>3}{row}{needed / 2**20:>9,.0f}", flush=True)
+    drawn = {name: curves[key] for key, name in _NAMES.items()}
+    drawn["K times as fast"] = [(k, float(k)) for k, _ in curves["limit"]]
     plot = pathlib.Path(FLAGS.plot)
     plot.parent.mkdir(parents=True, exist_ok=True)
-    picture = figures.draw(curves, "stages, each on a device", "speed-up")
+    picture = figures.draw(drawn, "stages, each on a device", "speed-up")
     write(plot, picture.encode())
     print(plot)
 
