@@ -1,6 +1,6 @@
-"""The benchmark runs, and writes what it says. Its figures are not tested."""
+"""The benchmarks run, and write what they say. Their figures are not tested."""
 
-import importlib.util
+import importlib
 import pathlib
 
 import pytest
@@ -20,12 +20,11 @@ KEYS = {
 }
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def bench(monkeypatch):
-    path = ROOT / "scripts" / "bench_speed.py"
-    spec = importlib.util.spec_from_file_location("bench_speed", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    """Makes the scripts importable, and their rounds short."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    module = importlib.import_module("bench_speed")
     monkeypatch.setattr(module, "ROUND_S", 0.01)
     return module
 
@@ -39,3 +38,16 @@ def test_a_case(bench):
         assert sum(shares.values()) == pytest.approx(1.0, abs=0.05)
     assert len(case["rounds_ms"]["fdg"]) == 2
     assert "mlp (3)" in bench._row(case)
+
+
+def test_a_case_of_the_simulation():
+    script = importlib.import_module("bench_simulation")
+    cases = script.measure("mlp", 3, 32, 2, rounds=2)
+    assert [case["delay"] for case in cases] == [1, 2]
+    for case in cases:
+        assert len(case["alone_ms"]) == 2
+        # Of equal weight: two stages on as many cores, or on one.
+        assert case["predicted_ms"] >= 0.5 * max(case["alone_ms"])
+        assert case["measured_ms"] > 0
+        assert len(case["ratios"]) == 2
+        assert "mlp (3)" in script._row(case)

@@ -180,6 +180,15 @@ def test_speeds_are_those_that_were_measured():
     assert "about twice as fast as one core" in text
 
 
+@pytest.mark.slow
+def test_devices_that_are_simulated(tmp_path):
+    plot = tmp_path / "plots" / "simulation.svg"
+    out = run("scripts/simulate.py", f"--plot={plot}")
+    _, table = out.split("\n", 1)
+    assert table.removesuffix(f"{plot}\n") in blocks("choosing.md", "")
+    assert plot.read_text().count("<polyline") == 7
+
+
 def reported(dataset, network, run):
     """Returns what `trainers.paper` knows of a run, as a page has it."""
     recipe = recipes.Recipe(dataset=dataset, model=network)

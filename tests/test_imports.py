@@ -11,6 +11,10 @@ PACKAGE = ROOT / "fdg_keras"
 #: From the bottom up: a module imports only from those before it.
 LADDER = [
     "delays",
+    "schedules",
+    "resources",
+    "network",
+    "simulation",
     "transforms",
     "threads",
     "_keras",
@@ -134,6 +138,10 @@ def test_private_attributes_are_only_those_of_self(name):
     ("name", "packages"),
     [
         ("delays", {"tensorflow", "keras", "numpy", "threading"}),
+        ("schedules", {"tensorflow", "keras", "numpy", "threading"}),
+        ("resources", {"tensorflow", "keras", "numpy", "threading"}),
+        ("network", {"tensorflow", "keras", "numpy", "threading"}),
+        ("simulation", {"tensorflow", "keras", "threading"}),
         ("threads", {"tensorflow", "keras", "numpy", "fdg_keras"}),
         ("subgraphs", {"keras", "threading"}),
         ("linearize", {"keras", "threading"}),

@@ -1,0 +1,134 @@
+"""What stages cost, what connects devices, and the memory that it takes.
+
+Seconds and bytes for one batch: what a simulation starts from.
+"""
+
+import math
+import numbers
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from fdg_keras.schedules import Delayed, Schedule, check_whole
+
+Stash = Literal["exact", "current", "replay"]
+STASHES = ("exact", "current", "replay")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a stage costs for one batch.
+
+    Attributes:
+        forward_s: Seconds of a forward.
+        backward_s: Seconds of a backward with its update.
+        sends: Bytes of activations over the cut after it.
+        gradient_sends: Bytes of gradients over the cut before it.
+        stash: Bytes kept from a forward to its backward, weights aside.
+        inputs: Those of them that `stash="replay"` keeps.
+        weights: Bytes of all weights.
+        slots: Bytes of the optimizer's slots.
+
+    Raises:
+        ValueError: If one is negative or not finite.
+    """
+
+    forward_s: float
+    backward_s: float
+    sends: float = 0.0
+    gradient_sends: float = 0.0
+    stash: float = 0.0
+    inputs: float = 0.0
+    weights: float = 0.0
+    slots: float = 0.0
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            value = getattr(self, one.name)
+            check_number(one.name, value, "seconds or bytes, 0 or more")
+
+
+@dataclass(frozen=True)
+class Cable:
+    """What connects two devices, in either direction at once.
+
+    Attributes:
+        bytes_per_s: Bandwidth. 100 Gbit/s are 12.5e9.
+        latency_s: Seconds until the last byte that was sent is there; the next
+            transfer may begin meanwhile.
+
+    Raises:
+        ValueError: If there is no bandwidth, or the latency is negative.
+    """
+
+    bytes_per_s: float = math.inf
+    latency_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        real = isinstance(self.bytes_per_s, numbers.Real)
+        if not real or not self.bytes_per_s > 0:
+            raise ValueError(
+                "Expected `bytes_per_s` to be above 0. Received: "
+                f"bytes_per_s={self.bytes_per_s!r}"
+            )
+        check_number("latency_s", self.latency_s, "seconds, 0 or more")
+
+
+def peak_bytes(
+    costs: Sequence[Cost],
+    schedule: Schedule = Delayed(),  # noqa: B008 (immutable)
+    stash: Stash = "exact",
+    capacity: int | None = None,
+) -> list[float]:
+    """Returns the bytes that each stage needs at most.
+
+    Slots, the weights, a gradient for each of them; in each of the two links
+    that it reads as many units as fit; and, for n units in flight, one of them
+    a 1/M of the batch,
+
+        "exact"     n / M * stash + (versions - 1) * weights
+        "current"   n / M * stash
+        "replay"    n / M * inputs + 1 / M * stash
+
+    where with delayed gradients n and the versions of the weights are d_k + 1.
+    What passes need while they run comes on top.
+
+    Args:
+        costs: One for each stage.
+        schedule: As in `simulate`.
+        stash: Likewise.
+        capacity: Likewise.
+    """
+    if capacity is None:
+        capacity = schedule.capacity
+    check_whole("capacity", capacity, "the units that fit in a link", 1)
+    found = []
+    count = len(costs)
+    unit = 1 / schedule.micro_batches
+    for k, cost in enumerate(costs):
+        kept = schedule.in_flight(k, count) * unit
+        received = costs[k - 1].sends if k else 0.0
+        received += costs[k + 1].gradient_sends if k < count - 1 else 0.0
+        total = cost.slots + 2 * cost.weights
+        total += capacity * unit * received
+        if stash == "replay":
+            total += kept * cost.inputs + unit * cost.stash
+        else:
+            total += kept * cost.stash
+        if stash == "exact":
+            total += (schedule.versions(k, count) - 1) * cost.weights
+        found.append(total)
+    return found
+
+
+def check_number(name: str, value: Any, meaning: str) -> None:
+    """Checks an amount; arguments as of `schedules.check_whole`.
+
+    Raises:
+        ValueError: If it is no number, negative, or not finite.
+    """
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not real or not 0 <= value < math.inf:
+        raise ValueError(
+            f"Expected `{name}` to be {meaning}. Received: {name}={value!r}"
+        )
