@@ -257,12 +257,12 @@ def _cuts_of_plan(graph: Graph, plan: Plan) -> list[int]:
     cuts = [count - 1 for count in plan.cuts]
     devices = [stage.device for stage in plan.stages]
     here = make_plan(graph, cut_graph(graph, cuts), devices)
-    for k, (a, b) in enumerate(zip(plan.stages, here.stages)):
-        if a.parameters != b.parameters:
+    for k, (there, one) in enumerate(zip(plan.stages, here.stages)):
+        if there.parameters != one.parameters:
             raise ValueError(
                 f"The plan was made for another model: expected stage {k}, "
-                f"{a.layers[0]!r} to {a.layers[-1]!r}, to have "
-                f"{a.parameters:,} parameters, received {b.parameters:,}."
+                f"{there.layers[0]!r} to {there.layers[-1]!r}, to have "
+                f"{there.parameters:,} parameters, received {one.parameters:,}."
             )
     return cuts
 
