@@ -8,6 +8,9 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from fdg_keras.delays import stage_delay
+from fdg_keras.resources import Cost
+
 _MIB = 2**20
 _VERSION = 1
 
@@ -104,6 +107,35 @@ class Plan:
             for stage, device in zip(self.stages, devices)
         )
         return dataclasses.replace(self, stages=stages)
+
+    def as_costs(self) -> list[Cost]:
+        """Returns the stages as `fdg_keras.simulation.simulate` takes them.
+
+        Raises:
+            ValueError: If the plan was not measured.
+        """
+        found = []
+        received = 0
+        for k, stage in enumerate(self.stages):
+            if stage.forward_s is None or stage.backward_s is None:
+                raise ValueError(
+                    "Expected a plan that was measured, as `fdg_keras.plan` "
+                    "makes it. Received: a plan without times"
+                )
+            sent = stage.sends_bytes or 0
+            late = stage_delay(k, len(self.stages), self.delay or 0)
+            found.append(
+                Cost(
+                    forward_s=stage.forward_s,
+                    backward_s=stage.backward_s,
+                    sends=sent,
+                    gradient_sends=received,
+                    stash=(stage.stash_bytes or 0) / (late + 1),
+                    weights=4 * stage.parameters,
+                )
+            )
+            received = sent
+        return found
 
     def __str__(self) -> str:
         columns = [column for column in self._columns() if any(column[2])]

@@ -16,6 +16,8 @@ from fdg_keras import Plan, Trainer, planner
 from fdg_keras.planning import choose_cuts, with_measured
 from fdg_keras.profiles import Profile, ProfileCache
 from fdg_keras.profiling import profile
+from fdg_keras.resources import Cable
+from fdg_keras.simulation import simulate
 from fdg_keras.slicing import trace_graph
 
 DEVICE = "/job:localhost/replica:0/task:0/device:CPU:0"
@@ -171,6 +173,20 @@ def test_a_plan_travels_as_text():
     for text in ("", "[]", "{}", json.dumps(record), "7"):
         with pytest.raises(ValueError, match=r"Plan.to_json.*Received"):
             Plan.from_json(text)
+
+
+def test_a_plan_can_be_simulated():
+    """Equal devices, nothing in the way: the pace of the slowest stage."""
+    devices = [f"CPU:{k}" for k in range(3)]
+    plan = fdg_keras.plan(network(), 3, 8, devices)
+    found = simulate(plan.as_costs())
+    slowest = max(stage.tick_s for stage in plan.stages)
+    assert found.seconds_per_step == pytest.approx(slowest, rel=1e-6)
+    slow = simulate(plan.as_costs(), Cable(plan.stages[0].sends_bytes / 9.0))
+    assert slow.seconds_per_step == pytest.approx(9.0, rel=1e-3)
+    unmeasured = fdg_keras.plan(network(), 3, 8, devices, measure=False)
+    with pytest.raises(ValueError, match=r"measured.*Received"):
+        unmeasured.as_costs()
 
 
 def test_training_follows_a_plan():
