@@ -147,8 +147,14 @@ class Batches:
             )
         if self._length is None and not self._steps_per_epoch and not stopped:
             self._length = drawn
-        if short or (self._length and self._drawn >= self._length):
+        used_up = self._length and self._drawn >= self._length
+        if short or used_up:
             self._iterator = None
+        if used_up and self._adapter.num_batches and not stopped:
+            # As Keras does, also where it opens another one when the next
+            # epoch begins: each opening shuffles a data set anew.
+            self._iterator = iter(self.dataset)
+            self._drawn = 0
 
 
 def validation_batches(

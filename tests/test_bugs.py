@@ -644,3 +644,51 @@ def test_applications_with_such_gradients(name):
         losses.append(history.history["loss"])
     # Weights of such deep models are not the same to more than a few digits.
     np.testing.assert_allclose(*losses, rtol=1e-3)
+
+
+def of_unknown_length(dataset):
+    return dataset.filter(lambda *batch: True)
+
+
+FIT_DATA = {"shuffle": False, "verbose": 0}
+SHUFFLED = {
+    "known": ({}, 3, None),
+    "unknown": ({}, 3, of_unknown_length),
+    "steps": ({"steps_per_epoch": 4}, 5, None),
+    "unknown and steps": ({"steps_per_epoch": 3}, 4, of_unknown_length),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")
+@pytest.mark.parametrize("validated", ["no", "another", "itself"])
+@pytest.mark.parametrize("kind", SHUFFLED)
+def test_a_data_set_that_shuffles_is_opened_as_often_as_by_keras(
+    kind, validated
+):
+    """From the second epoch on, batches came in another order.
+
+    Keras opens a data set of known length once more when an epoch has ended.
+    It does not read on, but `shuffle` has another order each time.
+    """
+    more, epochs, change = SHUFFLED[kind]
+    x, y = small_data()
+    found = []
+    for staged in (True, False):
+        keras.utils.set_random_seed(1)
+        model = small_model()
+        data, other = (
+            tf.data.Dataset.from_tensor_slices((x, y)).shuffle(24, seed=s)
+            for s in (1, 2)
+        )
+        data = (change or (lambda d: d))(data.batch(5))
+        sets = {"no": None, "another": other.take(20).batch(4), "itself": data}
+        arguments = {"validation_data": sets[validated], **FIT_DATA} | more
+        fitted = fdg_keras.Trainer(model, 2, delay=0) if staged else model
+        history = fitted.fit(data, epochs=epochs, **arguments).history
+        tests = fitted.evaluate(data, verbose=0)
+        outputs = fitted.predict(data, verbose=0)
+        found.append((history, tests, outputs, model.get_weights()))
+    keras.tree.map_structure(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        *found,
+    )
