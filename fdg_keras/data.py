@@ -157,6 +157,29 @@ class Batches:
             self._drawn = 0
 
 
+def build_for(model: Any, x: Any) -> None:
+    """Builds a Sequential without an input shape, as `keras.Model.fit` does.
+
+    One that has to draw a batch for it (from a generator, say) would lose that
+    batch: then, or if `x` is not one tensor, the model is left as it is.
+
+    Args:
+        model: Anything; only a Sequential that is not built is changed.
+        x: As `keras.Model.fit` takes it.
+    """
+    if not isinstance(model, keras.Sequential) or model.built:
+        return
+    batch_size = None
+    if isinstance(x, tf.data.Dataset):
+        x, _, _ = keras.utils.unpack_x_y_sample_weight(x.element_spec)
+        batch_size = getattr(x, "shape", [None])[0]
+    elif isinstance(x, keras.utils.PyDataset):
+        x, _, _ = keras.utils.unpack_x_y_sample_weight(x[0])
+    shape = getattr(x, "shape", None)
+    if shape is not None and len(shape) > 0:
+        model.build((batch_size, *shape[1:]))
+
+
 def validation_batches(
     graph: Graph, data: Any, steps: int | None, batch_size: int | None
 ) -> Batches | None:

@@ -7,7 +7,7 @@ import keras
 
 from fdg_keras import _keras, passes, planning, transforms
 from fdg_keras.corrections import Correction, check_corrections
-from fdg_keras.data import Batches, validation_batches
+from fdg_keras.data import Batches, build_for, validation_batches
 from fdg_keras.delays import Order
 from fdg_keras.deployment import Deployment, check_idle
 from fdg_keras.hooks import Hooks, ask_for_probes, capped_epochs
@@ -298,7 +298,8 @@ def fit(
     """Trains `model` in stages: `Trainer(model, ...).fit(...)`.
 
     Args:
-        model: A compiled Functional or Sequential model.
+        model: A compiled Functional or Sequential model. A Sequential without
+            an input shape is built for the data, unless they are a generator.
         *args: As `keras.Model.fit` takes them.
         splits: See `Trainer`, here and below.
         devices: See `Trainer`.
@@ -316,6 +317,7 @@ def fit(
     Raises:
         ValueError: As `Trainer` and `Trainer.fit` do.
     """
+    build_for(model, args[0] if args else kwargs.get("x"))
     trainer = Trainer(
         model,
         splits,

@@ -692,3 +692,67 @@ def test_a_data_set_that_shuffles_is_opened_as_often_as_by_keras(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
         *found,
     )
+
+
+class Pairs(keras.utils.PyDataset):
+    """The small data in batches of 5, 5, 5, 5, 4."""
+
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, index):
+        x, y = small_data()
+        rows = slice(5 * index, 5 * index + 5)
+        return x[rows], y[rows]
+
+
+def batches_of_small_data(**arguments):
+    return tf.data.Dataset.from_tensor_slices(small_data()).batch(**arguments)
+
+
+UNBUILT = {
+    "arrays": small_data,
+    "tensors": lambda: map(tf.constant, small_data()),
+    "tf.data": lambda: [batches_of_small_data(batch_size=5)],
+    "of static shape": lambda: [
+        batches_of_small_data(batch_size=5, drop_remainder=True)
+    ],
+    "PyDataset": lambda: [Pairs()],
+}
+
+
+@pytest.mark.parametrize("kind", UNBUILT)
+def test_a_sequential_is_built_for_the_data(kind):
+    """One without an input shape was refused, where Keras builds it."""
+    models = []
+    for staged in (True, False):
+        keras.utils.set_random_seed(1)
+        model = keras.Sequential(
+            [
+                keras.layers.Dense(5, "tanh", name="first"),
+                keras.Sequential([keras.layers.Dense(4)]),
+                keras.layers.Dropout(0.5),
+                keras.layers.Dense(3),
+            ]
+        )
+        model.compile("sgd", "mse")
+        data = UNBUILT[kind]()
+        if staged:
+            fdg_keras.fit(model, *data, splits=["first"], delay=0, **FIT_DATA)
+        else:
+            model.fit(*data, **FIT_DATA)
+        models.append(model)
+    one, other = models
+    assert one.input_shape == other.input_shape
+    for a, b in zip(one.get_weights(), other.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_sequential_is_not_built_for_a_generator():
+    """A batch would be lost by looking at it."""
+    model = keras.Sequential([keras.layers.Dense(4), keras.layers.Dense(3)])
+    model.compile("sgd", "mse")
+    batches = iter([small_data()] * 2)
+    with pytest.raises(ValueError, match=r"no input shape yet.*model.build"):
+        fdg_keras.fit(model, (batch for batch in batches), steps_per_epoch=2)
+    assert len(list(batches)) == 2
