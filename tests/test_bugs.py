@@ -756,3 +756,56 @@ def test_a_sequential_is_not_built_for_a_generator():
     with pytest.raises(ValueError, match=r"no input shape yet.*model.build"):
         fdg_keras.fit(model, (batch for batch in batches), steps_per_epoch=2)
     assert len(list(batches)) == 2
+
+
+class Watched(keras.layers.Layer):
+    """Keeps a metric of its own."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.mean = keras.metrics.Mean(name="act")
+
+    def call(self, x):
+        self.mean.update_state(x)
+        return x
+
+
+@pytest.mark.parametrize("emulate", [False, True])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_metric_of_an_earlier_stage_without_delay(steps, emulate):
+    """It was missing in the logs of batches, as it is with delay."""
+
+    class Log(keras.callbacks.Callback):
+        def __init__(self):
+            super().__init__()
+            self.logs = []
+
+        def on_train_batch_end(self, batch, logs=None):
+            self.logs.append([batch, logs])
+
+    found = []
+    for staged in (True, False):
+        keras.utils.set_random_seed(1)
+        model = keras.Sequential(
+            [
+                keras.Input((4,)),
+                Watched(name="watched"),
+                keras.layers.Dense(3, name="first"),
+                keras.layers.Dense(3),
+            ]
+        )
+        model.compile("sgd", "mse", metrics=["mae"], steps_per_execution=steps)
+        fitted = model
+        if staged:
+            fitted = fdg_keras.Trainer(
+                model, ["first"], delay=0, emulate=emulate
+            )
+        log = Log()
+        quiet_fit(fitted, callbacks=[log])
+        found.append(log.logs)
+    assert [list(logs) for _, logs in found[0]] == [
+        list(logs) for _, logs in found[1]
+    ]
+    keras.tree.map_structure(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), *found
+    )
