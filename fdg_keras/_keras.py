@@ -315,6 +315,14 @@ def pack_outputs(functional: Functional, outputs: list) -> Any:
     return packed
 
 
+def in_order_of_metrics(model: keras.Model, logs: dict) -> Any:
+    """Returns results as `evaluate` does: a list, or the only one.
+
+    Private: `Model._flatten_metrics_in_order`.
+    """
+    return model._flatten_metrics_in_order(logs)
+
+
 def initial_epoch_of(model: keras.Model) -> int | None:
     """Returns the epoch to resume at. Private: `Model._initial_epoch`.
 

@@ -257,8 +257,7 @@ class Trainer:
             logs = passes.test(self._deployment, batches, hooks)
         if return_dict:
             return logs
-        values = list(logs.values())
-        return values[0] if len(values) == 1 else values
+        return _keras.in_order_of_metrics(self.model, logs)
 
     def predict(
         self,

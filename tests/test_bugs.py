@@ -809,3 +809,19 @@ def test_a_metric_of_an_earlier_stage_without_delay(steps, emulate):
     keras.tree.map_structure(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), *found
     )
+
+
+def test_results_of_evaluate_are_in_the_order_of_keras():
+    """A dictionary of them, and `val_` logs, were not sorted by name."""
+    orders, results = [], []
+    for staged in (True, False):
+        keras.utils.set_random_seed(1)
+        model = small_model()
+        model.compile("sgd", "mse", metrics=["mse", "cosine_similarity", "mae"])
+        fitted = fdg_keras.Trainer(model, 2, delay=0) if staged else model
+        history = quiet_fit(fitted, validation_data=small_data()).history
+        named = fitted.evaluate(*small_data(), verbose=0, return_dict=True)
+        results.append(fitted.evaluate(*small_data(), verbose=0))
+        orders.append((list(history), list(named)))
+    assert orders[0] == orders[1]
+    np.testing.assert_allclose(*results, rtol=1e-5)

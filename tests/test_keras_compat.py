@@ -542,6 +542,14 @@ def assert_remembers(data):
     assert "no such image" in str(failures[0])
 
 
+def test_in_order_of_metrics(model):
+    model.compile("sgd", "mse", metrics=["mse", "mae"])
+    model.evaluate(floats(4, 4), floats(4, 2), verbose=0)
+    logs = {"mae": 1.0, "loss": 2.0, "mse": 3.0}
+    assert _keras.in_order_of_metrics(model, logs) == [2.0, 3.0, 1.0]
+    assert _keras.in_order_of_metrics(model, {"loss": 2.0}) == 2.0
+
+
 def test_train_validation_split():
     x, y = floats(10, 2), np.arange(10)
     (train_x, train_y, none), (val_x, val_y, _) = _keras.train_validation_split(
