@@ -86,6 +86,16 @@ def standardize_inputs(functional: Functional, x: Any) -> list[tf.Tensor]:
     return functional._standardize_inputs(x)
 
 
+def check_names(functional: Functional, x: Any) -> None:
+    """Raises Keras' own error if `x` is a dictionary that lacks an input.
+
+    Private: `Layer._assert_input_compatibility`, which would check shapes, too.
+    """
+    specs = functional.input_spec or []
+    if isinstance(x, dict) and any(spec.name not in x for spec in specs):
+        functional._assert_input_compatibility(x)
+
+
 def get_mask(tensor: Any) -> Any:
     """Returns the mask that Keras attached to a tensor, or `None`."""
     return _backend.get_keras_mask(tensor)

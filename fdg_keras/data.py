@@ -72,6 +72,10 @@ class Batches:
         dataset = self._adapter.get_tf_dataset()
         _check_dense(dataset.element_spec)
 
+        x_spec, y, weight = keras.utils.unpack_x_y_sample_weight(
+            dataset.element_spec
+        )
+        _keras.check_names(graph.functional, x_spec)
         in_tuples = isinstance(dataset.element_spec, tuple)
 
         def arrange(*element: Any) -> tuple[tuple, tuple]:
@@ -88,9 +92,6 @@ class Batches:
         except ValueError as error:
             raise ValueError(_misfit(graph, dataset.element_spec)) from error
         inputs, _ = self.dataset.element_spec
-        _, y, weight = keras.utils.unpack_x_y_sample_weight(
-            dataset.element_spec
-        )
         self.spec = Spec(inputs, _tensors_only(y), _tensors_only(weight))
         _check_shapes(inputs, graph)
         self._iterator: Any = None

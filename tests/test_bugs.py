@@ -825,3 +825,21 @@ def test_results_of_evaluate_are_in_the_order_of_keras():
         orders.append((list(history), list(named)))
     assert orders[0] == orders[1]
     np.testing.assert_allclose(*results, rtol=1e-5)
+
+
+@pytest.mark.parametrize("in_list", [False, True])
+def test_an_input_that_a_dictionary_lacks(recwarn, in_list):
+    """Keras' own error was hidden by a longer one, and a warning."""
+    image, tab = keras.Input((4,), name="image"), keras.Input((4,), name="tab")
+    outputs = keras.layers.Dense(3)(keras.layers.Add()([image, tab]))
+    inputs = [image, tab] if in_list else {"image": image, "tab": tab}
+    model = keras.Model(inputs, outputs)
+    model.compile("sgd", "mse")
+    x, y = small_data()
+    messages = []
+    for fitted in (model, fdg_keras.Trainer(model, 1)):
+        with pytest.raises(ValueError, match='data for input "tab"') as raised:
+            fitted.fit({"image": x, "tabs": x}, y, verbose=0)
+        messages.append(str(raised.value))
+    assert messages[1] in messages[0]
+    assert not [w for w in recwarn if "structure" in str(w.message)]

@@ -542,6 +542,15 @@ def assert_remembers(data):
     assert "no such image" in str(failures[0])
 
 
+def test_check_names():
+    a, b = keras.Input((2,), name="a"), keras.Input((1,), name="b")
+    model = keras.Model({"a": a, "b": b}, layers.Add()([a, b]))
+    for x in ({"a": floats(4, 2), "b": floats(4, 1)}, [floats(4, 2)]):
+        _keras.check_names(model, x)
+    with pytest.raises(ValueError, match=r'Missing data for input "b"'):
+        _keras.check_names(model, {"a": floats(4, 2), "c": floats(4, 1)})
+
+
 def test_in_order_of_metrics(model):
     model.compile("sgd", "mse", metrics=["mse", "mae"])
     model.evaluate(floats(4, 4), floats(4, 2), verbose=0)
