@@ -59,7 +59,7 @@ class Hooks:
         self.callbacks = callbacks
 
     def call(self, name: str, *args: Any, **kwargs: Any) -> None:
-        """Calls a hook of all callbacks, one that is not about batches."""
+        """Calls a hook of all callbacks."""
         with noting(f"in a callback's `{name}`"), _naming():
             getattr(self.callbacks, name)(*args, **kwargs)
 
@@ -109,8 +109,7 @@ class Hooks:
 
     def begin(self, mode: str, batch: int) -> None:
         """Tells callbacks that a window begins, by its first batch."""
-        with _naming():
-            getattr(self.callbacks, f"on_{mode}_batch_begin")(batch)
+        self.call(f"on_{mode}_batch_begin", batch)
 
     def end(self, mode: str, batch: int, logs: dict) -> None:
         """Tells callbacks that a window has ended, by its last batch."""
@@ -119,8 +118,7 @@ class Hooks:
         if asked:
             # Keras counts windows: a short last one has the index of a whole.
             batch = -(-self._trained // asked) * asked - 1
-        with _naming():
-            getattr(self.callbacks, f"on_{mode}_batch_end")(batch, logs)
+        self.call(f"on_{mode}_batch_end", batch, logs)
 
     def pace(self, mode: str) -> Pace:
         """Returns how long windows are, the same object every time.
@@ -218,13 +216,14 @@ def _naming() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        # Keras' list calls one after the other, in the last frame of its own.
+        called = None
         for frame, _ in traceback.walk_tb(error.__traceback__):
-            # Keras' list calls one after the other.
-            if isinstance(
-                frame.f_locals.get("self"), keras.callbacks.CallbackList
-            ):
-                name = type(frame.f_locals.get("callback")).__name__
-                error.add_note(f"The callback is a {name}.")
+            known = frame.f_locals
+            if isinstance(known.get("self"), keras.callbacks.CallbackList):
+                called = known.get("callback", called)
+        if called is not None:
+            error.add_note(f"The callback is a {type(called).__name__}.")
         raise
 
 

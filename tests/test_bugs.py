@@ -843,3 +843,22 @@ def test_an_input_that_a_dictionary_lacks(recwarn, in_list):
         messages.append(str(raised.value))
     assert messages[1] in messages[0]
     assert not [w for w in recwarn if "structure" in str(w.message)]
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_epoch_end"])
+def test_notes_name_a_callback_once(hook):
+    """One of a batch's hooks was said to be a NoneType, too."""
+
+    def fail(*args, **kwargs):
+        raise KeyError("by the test")
+
+    callback = keras.callbacks.LambdaCallback(on_epoch_begin=lambda *args: None)
+    setattr(callback, hook, fail)
+    trainer = fdg_keras.Trainer(small_model(), 2, delay=0)
+    with pytest.raises(KeyError, match="by the test") as raised:
+        quiet_fit(trainer, callbacks=[callback])
+    notes = raised.value.__notes__
+    assert [n for n in notes if "The callback is a" in n] == [
+        "The callback is a LambdaCallback."
+    ]
+    assert f"Raised in a callback's `{hook}`." in notes
