@@ -6,7 +6,6 @@ need and pulled into their links by a compiled loop, in the feeder's thread.
 """
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ import tensorflow as tf
 from fdg_keras import _keras
 from fdg_keras.links import Link
 from fdg_keras.slicing import Graph
+from fdg_keras.threads import warn
 
 
 class Spec(NamedTuple):
@@ -61,7 +61,7 @@ class Batches:
             )
         limit = keras.config.max_steps_per_epoch()
         if limit and (not steps_per_epoch or limit < steps_per_epoch):
-            warnings.warn(f"Limiting steps_per_epoch to {limit}", stacklevel=3)
+            warn(f"Limiting steps_per_epoch to {limit}")
             steps_per_epoch = limit
         self._steps_per_epoch = steps_per_epoch
         self._adapter = _keras.get_data_adapter(
@@ -140,11 +140,10 @@ class Batches:
             )
         short = self.steps is not None and drawn < self.steps
         if short and self._steps_per_epoch and not stopped:
-            warnings.warn(
+            warn(
                 "Your input ran out of data; interrupting training. Expected "
                 f"{self.steps} batches in this epoch, received {drawn}. Use "
-                "`.repeat()` on the data set, or fewer `steps_per_epoch`.",
-                stacklevel=4,
+                "`.repeat()` on the data set, or fewer `steps_per_epoch`."
             )
         if self._length is None and not self._steps_per_epoch and not stopped:
             self._length = drawn

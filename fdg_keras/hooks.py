@@ -3,7 +3,6 @@
 import contextlib
 import numbers
 import traceback
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 
 from fdg_keras import _keras
 from fdg_keras.feeding import Pace
-from fdg_keras.threads import noting
+from fdg_keras.threads import noting, warn
 
 _TRAIN_HOOKS = (
     "on_train_batch_begin",
@@ -92,15 +91,14 @@ class Hooks:
             )
             says = hasattr(callback, "drain_every")
             if listens and not known and not says and _is_users(callback):
-                warnings.warn(
+                warn(
                     f"{type(callback).__name__} has hooks that are called at "
                     f"batches, while stages are at others (delay={delay}): "
                     "weights that it reads or sets there are in motion, and "
                     "runs with one seed may differ. If it does, give it an "
                     "attribute `drain_every = 1`, and all stages drain first, "
                     "which takes time; if it looks at logs and the learning "
-                    "rate only, `drain_every = None`.",
-                    stacklevel=3,
+                    "rate only, `drain_every = None`."
                 )
 
     def start_epoch(self) -> None:
@@ -198,7 +196,7 @@ def capped_epochs(epochs: int) -> int:
     """Returns `epochs`, limited by `keras.config.max_epochs()`."""
     most = keras.config.max_epochs()
     if most and most < epochs:
-        warnings.warn(f"Limiting epochs to {most}", stacklevel=3)
+        warn(f"Limiting epochs to {most}")
         return most
     return epochs
 

@@ -1,7 +1,6 @@
 """Bad input, refused before anything is built."""
 
 import numbers
-import warnings
 from typing import Any
 
 import keras
@@ -10,6 +9,7 @@ import tensorflow as tf
 from fdg_keras.delays import ORDERS
 from fdg_keras.linearize import STASHES
 from fdg_keras.optimizers import check_optimizer, is_scale_invariant
+from fdg_keras.threads import warn
 
 
 def check_settings(delay: Any, stash: Any, order: Any) -> None:
@@ -159,9 +159,8 @@ def warn_if_shrinking_is_futile(transform: Any, model: keras.Model) -> None:
     """Warns where an optimizer undoes what a transform does."""
     shrinks = getattr(transform, "beta", 1) != 1
     if shrinks and is_scale_invariant(model.optimizer):
-        warnings.warn(
+        warn(
             f"{type(model.optimizer).__name__} divides gradients by their own "
             f"size, so that {transform!r} does next to nothing. Lower the "
-            "learning rate, or use SGD.",
-            stacklevel=3,
+            "learning rate, or use SGD."
         )

@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import re
 import threading
 
 import keras
@@ -862,3 +863,39 @@ def test_notes_name_a_callback_once(hook):
         "The callback is a LambdaCallback."
     ]
     assert f"Raised in a callback's `{hook}`." in notes
+
+
+class Watcher(keras.callbacks.Callback):
+    """Listens to batches."""
+
+    def on_train_batch_end(self, batch, logs=None):
+        pass
+
+
+WARNED = {
+    "futile": ({"shrink": 0.5}, {}, "does next to nothing"),
+    "shared": ({"devices": ["CPU:0"]}, {}, r"2 stages share 1 device"),
+    "motion": ({}, {"callbacks": [Watcher()]}, "are in motion"),
+    "short": ({"delay": 0}, {"steps_per_epoch": 9}, "ran out of data"),
+}
+
+
+@pytest.mark.parametrize("in_one", [True, False])
+@pytest.mark.parametrize("kind", WARNED)
+def test_warnings_point_at_the_line_of_the_user(kind, in_one):
+    """Some pointed into this package, and one at `sys:1`."""
+    settings, arguments, match = WARNED[kind]
+    arguments = FIT_DATA | arguments
+    data = small_data()
+    model = small_model(optimizer=keras.optimizers.Adam())
+
+    def train():
+        if in_one:
+            fdg_keras.fit(model, *data, **settings, **arguments)
+        else:
+            fdg_keras.Trainer(model, **settings).fit(*data, **arguments)
+
+    with pytest.warns(UserWarning, match=match) as found:
+        train()
+    where = [w.filename for w in found if re.search(match, str(w.message))]
+    assert where == [__file__]
