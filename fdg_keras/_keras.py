@@ -86,6 +86,11 @@ def standardize_inputs(functional: Functional, x: Any) -> list[tf.Tensor]:
     return functional._standardize_inputs(x)
 
 
+def layers_within(model: keras.Model) -> list[keras.layers.Layer]:
+    """Returns a model and all layers in it. Private: `_flatten_layers`."""
+    return list(model._flatten_layers())
+
+
 def check_names(functional: Functional, x: Any) -> None:
     """Raises Keras' own error if `x` is a dictionary that lacks an input.
 

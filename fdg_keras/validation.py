@@ -8,7 +8,11 @@ import tensorflow as tf
 
 from fdg_keras.delays import ORDERS
 from fdg_keras.linearize import STASHES
-from fdg_keras.optimizers import check_optimizer, is_scale_invariant
+from fdg_keras.optimizers import (
+    check_optimizer,
+    check_precision,
+    is_scale_invariant,
+)
 from fdg_keras.threads import warn
 
 
@@ -77,6 +81,7 @@ def check_model(model: Any) -> None:
             f"{model.distribute_strategy!r}"
         )
     check_optimizer(model.optimizer)
+    check_precision(model)
 
 
 def check_emulation(model: keras.Model, emulate: bool, stash: str) -> None:

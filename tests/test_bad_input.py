@@ -222,6 +222,21 @@ def test_loss_scaling():
         fdg_keras.Trainer(model)
 
 
+def test_float16_without_a_scale():
+    """`auto_scale_loss=False` had it trained as it is."""
+    model = keras.Sequential(
+        [
+            keras.Input((4,)),
+            layers.Dense(3, dtype="mixed_float16", name="half"),
+            layers.Dense(2),
+        ]
+    )
+    model.compile("sgd", "mse", auto_scale_loss=False)
+    message = r"`mixed_float16` and.*`mixed_bfloat16`.*Received: layer 'half'"
+    with pytest.raises(ValueError, match=message):
+        fdg_keras.Trainer(model)
+
+
 def test_a_model_that_was_compiled_anew_in_a_bad_way():
     """Between making the trainer and using it."""
     trainer = make_trainer()

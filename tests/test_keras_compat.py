@@ -542,6 +542,12 @@ def assert_remembers(data):
     assert "no such image" in str(failures[0])
 
 
+def test_layers_within(model):
+    outer = keras.Sequential([keras.Input((4,)), model])
+    found = _keras.layers_within(outer)
+    assert {*found} >= {outer, model, *model.layers}
+
+
 def test_check_names():
     a, b = keras.Input((2,), name="a"), keras.Input((1,), name="b")
     model = keras.Model({"a": a, "b": b}, layers.Add()([a, b]))
