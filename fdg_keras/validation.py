@@ -115,7 +115,8 @@ def check_sizes(
     Raises:
         ValueError: If one is out of range.
     """
-    is_number = isinstance(validation_split, (int, float))
+    is_number = isinstance(validation_split, numbers.Real)
+    is_number = is_number and not isinstance(validation_split, bool)
     if not is_number or not 0 <= validation_split < 1:
         raise ValueError(
             "Expected `validation_split` to be the share of the samples to "

@@ -413,12 +413,19 @@ def test_targets_of_another_shape():
         ("validation_batch_size", -4),
         ("validation_split", 1.0),
         ("validation_split", -0.1),
+        ("validation_split", False),
     ],
 )
 def test_sizes(argument, value):
     x, y = np.zeros((8, 4)), np.zeros((8, 2))
     with pytest.raises(ValueError, match=f"`{argument}` to be .* {value!r}"):
         fdg_keras.fit(make_model(), x, y, verbose=0, **{argument: value})
+
+
+def test_a_share_of_any_number_type():
+    """NumPy's numbers were refused."""
+    history = fit(make_model(), validation_split=np.float32(0.25))
+    assert "val_loss" in history.history
 
 
 def test_no_data():
