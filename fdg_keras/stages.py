@@ -202,13 +202,26 @@ class Stage:
             )
         for variable, b, a in zip(self.weights, before, after):
             if b is not a:
-                raise ValueError(
-                    f"A layer assigns to its trainable variable "
-                    f"{variable.path!r} in `call`. Expected trainable "
-                    "variables to be changed by the optimizer alone, because "
-                    "a delayed gradient needs their values as they were. "
-                    "Make the variable non-trainable, or take the layer out."
-                )
+                raise ValueError(self._assigned(variable))
+
+    def _assigned(self, variable: keras.Variable) -> str:
+        """What to say of a layer that changes its trainable variable."""
+        owner = next(
+            layer
+            for layer in self.slice.layers
+            if any(v is variable for v in layer.trainable_variables)
+        )
+        kind = type(owner)
+        advice = "Make the variable non-trainable, or take the layer out."
+        if kind.__module__.startswith("keras."):
+            advice = "Take the layer out."
+        return (
+            f"Layer {owner.name!r} assigns to its trainable variable "
+            f"{variable.path!r} in `call`. Expected trainable variables to be "
+            "changed by the optimizer alone, because a delayed gradient needs "
+            f"their values as they were. {advice} Received: a layer of type "
+            f"{kind.__name__}"
+        )
 
     def with_masks(
         self, outputs: Sequence[tf.Tensor], masked: Sequence[int]

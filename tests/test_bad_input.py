@@ -290,6 +290,13 @@ class DrawsFromOutside(layers.Layer):
             r"Stage 0 \(layers 'one' to 'bad'\) updates a variable that "
             r"belongs to none of its layers.*`keras.random.SeedGenerator`",
         ),
+        (
+            lambda name: layers.SpectralNormalization(
+                layers.Dense(4), name=name
+            ),
+            r"Layer 'bad' assigns to its trainable variable '.*kernel' in "
+            r"`call`.*as they were\. Take the layer out.*SpectralNormalization",
+        ),
     ],
 )
 def test_updates_that_a_stage_would_lose(layer, message):
