@@ -101,7 +101,6 @@ class Trainer:
         check_model(model)
         corrected = check_corrections(corrections, model.optimizer, stash)
         self.model = model
-        warn_if_shrinking_is_futile(transform, model)
         self._graph = graph = trace_graph(model)
         cuts = planning.choose_cuts(graph, splits)
         splits = len(cuts) + 1
@@ -115,6 +114,8 @@ class Trainer:
         self._settings = Settings(
             int(delay), order, stash, transform, corrected
         )
+        self._warned: set[type] = set()
+        self._warn_once()
         self._emulate = emulate
         self._deployment = Deployment(
             model, graph, slices, names, self._settings, emulate
@@ -152,6 +153,7 @@ class Trainer:
             ValueError: If the data do not fit the model, or are empty.
         """
         check_model(self.model)
+        self._warn_once()
         check_idle(self.model)
         check_emulation(self.model, self._emulate, self._settings.stash)
         if self._emulate and verbose:
@@ -209,6 +211,13 @@ class Trainer:
                     epochs,
                     validation_freq,
                 )
+
+    def _warn_once(self) -> None:
+        """Warns of what is futile, once for each optimizer compiled with."""
+        kind = type(self.model.optimizer)
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warn_if_shrinking_is_futile(self._settings.transform, self.model)
 
     @property
     def _is_in_motion(self) -> bool:

@@ -4,6 +4,7 @@ import functools
 import gc
 import re
 import threading
+import warnings
 
 import keras
 import numpy as np
@@ -268,7 +269,17 @@ def test_a_random_number_is_drawn_once(stash):
 def test_shrinking_a_scale_invariant_optimizer_is_said_to_be_futile():
     model = small_model(optimizer="adam")
     with pytest.warns(UserWarning, match="does next to nothing"):
-        fdg_keras.Trainer(model, 2, shrink=0.5)
+        trainer = fdg_keras.Trainer(model, 2, shrink=0.5)
+    # Once for each trainer, and for each class that it was compiled with.
+    said = []
+    for kind in ("Adam", "SGD", "Lion", "Lion"):
+        model.compile(getattr(keras.optimizers, kind)(), "mse")
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            quiet_fit(trainer)
+        messages = [str(w.message) for w in found]
+        said.append(len([m for m in messages if "next to nothing" in m]))
+    assert said == [0, 0, 1, 0]
 
 
 def test_steps_are_counted_batch_by_batch():
