@@ -160,7 +160,8 @@ class Emulation:
     def _draw(self, epoch: Epoch, position: int) -> bool:
         """Runs the next batch; returns whether there was one."""
         batch = epoch.drawn_before + position
-        with noting(f"drawing batch {batch}"), epoch.original_failure():
+        where = f"drawing batch {batch}, or a later one ahead of time"
+        with noting(where), epoch.original_failure():
             element = next(epoch.iterator, None)
         if element is None:
             return False

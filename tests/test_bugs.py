@@ -910,3 +910,23 @@ def test_warnings_point_at_the_line_of_the_user(kind, in_one):
         train()
     where = [w.filename for w in found if re.search(match, str(w.message))]
     assert where == [__file__]
+
+
+class Failing(Pairs):
+    """Lacks one of its batches."""
+
+    def __getitem__(self, index):
+        if index == 3:
+            raise OSError("by the test")
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("emulate", [False, True])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_batch_that_fails_ahead_of_time(workers, emulate):
+    """The batch that was waited for was said to have failed."""
+    trainer = fdg_keras.Trainer(small_model(), 2, emulate=emulate)
+    with pytest.raises(OSError, match="by the test") as raised:
+        trainer.fit(Failing(workers=workers), **FIT_DATA)
+    note = r"drawing batch [0-3]\b.*, or a later one ahead of time"
+    assert [n for n in raised.value.__notes__ if re.search(note, n)]
