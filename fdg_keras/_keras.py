@@ -111,6 +111,20 @@ def set_mask(tensor: Any, mask: Any) -> None:
     _backend.set_keras_mask(tensor, mask)
 
 
+def get_logits(tensor: Any) -> Any:
+    """Returns what Keras' softmax or sigmoid made a tensor of, or `None`.
+
+    Private: `_keras_logits`, from which Keras' crossentropies are computed in
+    place of the tensor, that has rounded small probabilities to zero.
+    """
+    return getattr(tensor, "_keras_logits", None)
+
+
+def set_logits(tensor: Any, logits: Any) -> None:
+    """Says what a tensor was made of, as Keras' activations do."""
+    tensor._keras_logits = logits
+
+
 # -- Variables: Variable._value -----------------------------------------------
 
 

@@ -644,12 +644,9 @@ def test_applications_with_such_gradients(name):
     for staged in (True, False):
         keras.utils.set_random_seed(1)
         model = getattr(keras.applications, name)(
-            weights=None,
-            input_shape=(32, 32, 3),
-            classes=3,
-            classifier_activation=None,
+            weights=None, input_shape=(32, 32, 3), classes=3
         )
-        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        loss = "sparse_categorical_crossentropy"
         model.compile(keras.optimizers.SGD(0.01), loss)
         fitted = fdg_keras.Trainer(model, 3, delay=0) if staged else model
         history = fitted.fit(x, y, batch_size=8, shuffle=False, verbose=0)
@@ -930,3 +927,84 @@ def test_a_batch_that_fails_ahead_of_time(workers, emulate):
         trainer.fit(Failing(workers=workers), **FIT_DATA)
     note = r"drawing batch [0-3]\b.*, or a later one ahead of time"
     assert [n for n in raised.value.__notes__ if re.search(note, n)]
+
+
+def sure_model():
+    """Its outputs are probabilities that round to 0 and 1, each made early."""
+    keras.utils.set_random_seed(1)
+    inputs = keras.Input((4,), name="in")
+    h = keras.layers.Dense(4, name="first")(inputs)
+    kind = keras.layers.Dense(3, "softmax", name="kind")(h)
+    gate = keras.layers.Dense(1, "sigmoid", name="gate")(h)
+    h = keras.layers.Dense(4, name="second")(keras.layers.Multiply()([h, gate]))
+    last = keras.layers.Dense(3, name="third")(h)
+    last = keras.layers.Softmax(name="last")(last)
+    model = keras.Model(inputs, {"kind": kind, "gate": gate, "last": last})
+    losses = {
+        "kind": "sparse_categorical_crossentropy",
+        "gate": "binary_crossentropy",
+        "last": "categorical_crossentropy",
+    }
+    model.compile(keras.optimizers.SGD(1e-5), losses)
+    return model
+
+
+def sure_data():
+    x, y = small_data()
+    kinds = np.argmax(y, axis=-1)
+    gates = (kinds > 0).astype("float32")
+    return 200 * x - 70, {
+        "kind": kinds,
+        "gate": gates,
+        "last": np.eye(3, dtype="float32")[kinds],
+    }
+
+
+SURE_FIT = {"batch_size": 4, "epochs": 2} | FIT_DATA
+SURE_CUTS = ["gate", "second", "third"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"stash": "current"},
+        {"stash": "replay"},
+        {"emulate": True},
+    ],
+    ids=str,
+)
+def test_probabilities_that_round_to_zero(settings):
+    """Their gradient was zero, and the loss too small.
+
+    Keras remembers the logits that softmax and sigmoid are given, and computes
+    crossentropies from them. The last stage knew what it was sent.
+    """
+    found = []
+    for staged in (True, False):
+        model = fitted = sure_model()
+        if staged:
+            fitted = fdg_keras.Trainer(
+                model, SURE_CUTS, **{"delay": 0, **settings}
+            )
+        losses = fitted.fit(*sure_data(), **SURE_FIT).history
+        tested = fitted.evaluate(*sure_data(), verbose=0)
+        found.append((losses, tested, model.get_weights()))
+    assert found[1][0]["loss"][0] > 50
+    keras.tree.map_structure(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+        *found,
+    )
+
+
+def test_probabilities_that_round_to_zero_with_delay():
+    weights = []
+    for emulate in (True, False):
+        model = sure_model()
+        trainer = fdg_keras.Trainer(
+            model, SURE_CUTS, emulate=emulate, shrink=0.5
+        )
+        trainer.fit(*sure_data(), **SURE_FIT)
+        weights.append(model.get_weights())
+    for a, b in zip(*weights):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)

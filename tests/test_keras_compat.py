@@ -146,6 +146,22 @@ def test_masks():
     assert _keras.get_mask(tensor) is mask
 
 
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_logits(activation):
+    """Keras' crossentropies are computed from them, if they are known."""
+    logits = tf.constant([[200.0, -200.0]])
+    probabilities = keras.activations.get(activation)(logits)
+    assert _keras.get_logits(probabilities) is logits
+    loss = keras.losses.CategoricalCrossentropy()
+    wanted = tf.constant([[0.0, 1.0]])
+    assert float(loss(wanted, probabilities)) == pytest.approx(400)
+    bare = tf.constant(probabilities.numpy())
+    assert _keras.get_logits(bare) is None
+    assert float(loss(wanted, bare)) < 20
+    _keras.set_logits(bare, logits)
+    assert float(loss(wanted, bare)) == pytest.approx(400)
+
+
 def test_the_masks_of_layers():
     ids = tf.constant([[3, 1, 0]])
     embedded = layers.Embedding(5, 2, mask_zero=True)(ids)
