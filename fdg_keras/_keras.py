@@ -86,6 +86,21 @@ def standardize_inputs(functional: Functional, x: Any) -> list[tf.Tensor]:
     return functional._standardize_inputs(x)
 
 
+def layers_within(model: keras.Model) -> list[keras.layers.Layer]:
+    """Returns a model and all layers in it. Private: `_flatten_layers`."""
+    return list(model._flatten_layers())
+
+
+def check_names(functional: Functional, x: Any) -> None:
+    """Raises Keras' own error if `x` is a dictionary that lacks an input.
+
+    Private: `Layer._assert_input_compatibility`, which would check shapes, too.
+    """
+    specs = functional.input_spec or []
+    if isinstance(x, dict) and any(spec.name not in x for spec in specs):
+        functional._assert_input_compatibility(x)
+
+
 def get_mask(tensor: Any) -> Any:
     """Returns the mask that Keras attached to a tensor, or `None`."""
     return _backend.get_keras_mask(tensor)
@@ -94,6 +109,20 @@ def get_mask(tensor: Any) -> Any:
 def set_mask(tensor: Any, mask: Any) -> None:
     """Attaches a mask to a tensor, as Keras' layers do."""
     _backend.set_keras_mask(tensor, mask)
+
+
+def get_logits(tensor: Any) -> Any:
+    """Returns what Keras' softmax or sigmoid made a tensor of, or `None`.
+
+    Private: `_keras_logits`, from which Keras' crossentropies are computed in
+    place of the tensor, that has rounded small probabilities to zero.
+    """
+    return getattr(tensor, "_keras_logits", None)
+
+
+def set_logits(tensor: Any, logits: Any) -> None:
+    """Says what a tensor was made of, as Keras' activations do."""
+    tensor._keras_logits = logits
 
 
 # -- Variables: Variable._value -----------------------------------------------
@@ -313,6 +342,14 @@ def pack_outputs(functional: Functional, outputs: list) -> Any:
     if isinstance(packed, (list, tuple)) and len(packed) == 1:
         return packed[0]
     return packed
+
+
+def in_order_of_metrics(model: keras.Model, logs: dict) -> Any:
+    """Returns results as `evaluate` does: a list, or the only one.
+
+    Private: `Model._flatten_metrics_in_order`.
+    """
+    return model._flatten_metrics_in_order(logs)
 
 
 def initial_epoch_of(model: keras.Model) -> int | None:

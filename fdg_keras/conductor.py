@@ -10,7 +10,6 @@ flight.
 
 import contextlib
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,7 +18,7 @@ from fdg_keras.data import Epoch
 from fdg_keras.feeding import Feeder, Pace
 from fdg_keras.pipeline import Pipeline
 from fdg_keras.statistics import StageStatistics, Usage, collect
-from fdg_keras.threads import Crew, Inbox, noting
+from fdg_keras.threads import Crew, Inbox, noting, warn
 
 # What a stage says when it has run the last part, and, but for the last stage,
 # when it has run a window that all are waited for.
@@ -187,12 +186,11 @@ class Conductor:
                 if feeder.draws_since() > _BLOCKS_S:
                     # Nobody wants these batches: end with those that came.
                     if feeder.give_up():
-                        warnings.warn(
+                        warn(
                             "Training was stopped, and the data set takes "
                             f"more than {_BLOCKS_S} seconds to draw a batch: "
                             "it is not waited for, and batches that were "
-                            "announced before are not trained.",
-                            stacklevel=2,
+                            "announced before are not trained."
                         )
                     crew.leave()
 

@@ -88,15 +88,16 @@ class WeightPrediction(Correction):
     that of this batch, `s` the step of the optimizer's momentum:
 
         w_hat = w + tau * s
-        SGD:          s = m, the momentum buffer, that is, the last step
-                          (also with `nesterov=True`)
+        SGD:          s = m, the momentum buffer: the last step, unless
+                          `nesterov=True` added to it
         Adam, AdamW:  s = -lr * sqrt(1 - beta_2**n) / (1 - beta_1**n)
                           * m / (sqrt(v) + epsilon)
 
-    with the moments `m` and `v` as they are after `n` updates. The gradient at
-    `w_hat` is then applied to the weights of its day. Source: SpecTrain (arXiv
-    1809.02839) for SGD, with its smoothed gradient times the rate in place of
-    `m`; XPipe (arXiv 1911.04610) for Adam.
+    with the moments `m` and `v` as they are after `n` updates. What weight
+    decay will take away is not predicted. The gradient at `w_hat` is then
+    applied to the weights of its day. Source: SpecTrain (arXiv 1809.02839) for
+    SGD, with its smoothed gradient times the rate in place of `m`; XPipe (arXiv
+    1911.04610) for Adam.
     """
 
     def check(self, optimizer: keras.optimizers.Optimizer) -> None:

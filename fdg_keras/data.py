@@ -6,7 +6,6 @@ need and pulled into their links by a compiled loop, in the feeder's thread.
 """
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ import tensorflow as tf
 from fdg_keras import _keras
 from fdg_keras.links import Link
 from fdg_keras.slicing import Graph
+from fdg_keras.threads import warn
 
 
 class Spec(NamedTuple):
@@ -61,7 +61,7 @@ class Batches:
             )
         limit = keras.config.max_steps_per_epoch()
         if limit and (not steps_per_epoch or limit < steps_per_epoch):
-            warnings.warn(f"Limiting steps_per_epoch to {limit}", stacklevel=3)
+            warn(f"Limiting steps_per_epoch to {limit}")
             steps_per_epoch = limit
         self._steps_per_epoch = steps_per_epoch
         self._adapter = _keras.get_data_adapter(
@@ -72,6 +72,10 @@ class Batches:
         dataset = self._adapter.get_tf_dataset()
         _check_dense(dataset.element_spec)
 
+        x_spec, y, weight = keras.utils.unpack_x_y_sample_weight(
+            dataset.element_spec
+        )
+        _keras.check_names(graph.functional, x_spec)
         in_tuples = isinstance(dataset.element_spec, tuple)
 
         def arrange(*element: Any) -> tuple[tuple, tuple]:
@@ -88,9 +92,6 @@ class Batches:
         except ValueError as error:
             raise ValueError(_misfit(graph, dataset.element_spec)) from error
         inputs, _ = self.dataset.element_spec
-        _, y, weight = keras.utils.unpack_x_y_sample_weight(
-            dataset.element_spec
-        )
         self.spec = Spec(inputs, _tensors_only(y), _tensors_only(weight))
         _check_shapes(inputs, graph)
         self._iterator: Any = None
@@ -139,16 +140,44 @@ class Batches:
             )
         short = self.steps is not None and drawn < self.steps
         if short and self._steps_per_epoch and not stopped:
-            warnings.warn(
+            warn(
                 "Your input ran out of data; interrupting training. Expected "
                 f"{self.steps} batches in this epoch, received {drawn}. Use "
-                "`.repeat()` on the data set, or fewer `steps_per_epoch`.",
-                stacklevel=4,
+                "`.repeat()` on the data set, or fewer `steps_per_epoch`."
             )
         if self._length is None and not self._steps_per_epoch and not stopped:
             self._length = drawn
-        if short or (self._length and self._drawn >= self._length):
+        used_up = self._length and self._drawn >= self._length
+        if short or used_up:
             self._iterator = None
+        if used_up and self._adapter.num_batches and not stopped:
+            # As Keras does, also where it opens another one when the next
+            # epoch begins: each opening shuffles a data set anew.
+            self._iterator = iter(self.dataset)
+            self._drawn = 0
+
+
+def build_for(model: Any, x: Any) -> None:
+    """Builds a Sequential without an input shape, as `keras.Model.fit` does.
+
+    One that has to draw a batch for it (from a generator, say) would lose that
+    batch: then, or if `x` is not one tensor, the model is left as it is.
+
+    Args:
+        model: Anything; only a Sequential that is not built is changed.
+        x: As `keras.Model.fit` takes it.
+    """
+    if not isinstance(model, keras.Sequential) or model.built:
+        return
+    batch_size = None
+    if isinstance(x, tf.data.Dataset):
+        x, _, _ = keras.utils.unpack_x_y_sample_weight(x.element_spec)
+        batch_size = getattr(x, "shape", [None])[0]
+    elif isinstance(x, keras.utils.PyDataset):
+        x, _, _ = keras.utils.unpack_x_y_sample_weight(x[0])
+    shape = getattr(x, "shape", None)
+    if shape is not None and len(shape) > 0:
+        model.build((batch_size, *shape[1:]))
 
 
 def validation_batches(

@@ -149,9 +149,18 @@ class Deployment:
                 return
             optimizers.pull()
             before = optimizers.steps
+            # Without delay nothing is in motion when a batch has ended, and
+            # metrics that layers of earlier stages keep can be read, too.
+            everywhere = not self._settings.delay and any(
+                layer.metrics
+                for part in self._slices[:-1]
+                for layer in part.layers
+            )
 
             def counted_end(batch: int, metrics: dict) -> bool:
                 optimizers.steps = before + batch + 1
+                if everywhere:
+                    metrics = self.model.get_metrics_result()
                 return end(batch, metrics)
 
             rate = optimizers.learning_rate

@@ -56,8 +56,9 @@ class Emulation:
     ):
         training = settings is not None
         self._settings = settings
+        scored = graph.outputs if objective is not None else ()
         self._stages = [
-            Stage(k, part, device, training, jit_compile=False)
+            Stage(k, part, device, training, False, scored)
             for k, (part, device) in enumerate(zip(slices, devices))
         ]
         self._objective = objective
@@ -160,7 +161,8 @@ class Emulation:
     def _draw(self, epoch: Epoch, position: int) -> bool:
         """Runs the next batch; returns whether there was one."""
         batch = epoch.drawn_before + position
-        with noting(f"drawing batch {batch}"), epoch.original_failure():
+        where = f"drawing batch {batch}, or a later one ahead of time"
+        with noting(where), epoch.original_failure():
             element = next(epoch.iterator, None)
         if element is None:
             return False
@@ -236,12 +238,12 @@ class Emulation:
             passes.append(one)
             own += one.own_losses
             received = one.outputs
-            incoming = Boundary(stage.slice.sends, tuple(one.masked))
+            incoming = one.outgoing
         if self._objective is None:
             return received
         final = self._stages[-1]
         gradients = self._objective.update(
-            final.with_masks(passes[-1].outputs, passes[-1].masked),
+            incoming.attach(received),
             tf.add_n(own) if own else None,
             targets,
             final.training,
@@ -283,18 +285,22 @@ class _Pass:
     ):
         self.stage = stage
         self._weights = update.forward_weights(batch)
-        self._received = received[: len(stage.incoming.values)]
+        self._received = stage.incoming.floating(received)
         self.then = self._weights if update.kept_specs else []
-        self.masked: list[int] = []
+        masked: list[int] = []
+        scored: list[int] = []
         state = [_keras.get_storage(v) for v in stage.state]
         before = [s.read_value() for s in state]
         with tf.device(stage.device), tf.GradientTape() as self._tape:
             watched = [*self._weights, *self._received]
             self._tape.watch([t for t in watched if is_float(t)])
             result = stage.pure(
-                self._weights, before, [*feeds, *received], self.masked
+                self._weights, before, [*feeds, *received], masked, scored
             )
             self.outputs = [tf.identity(t) for t in result.outputs]
+        self.outgoing = Boundary(
+            stage.slice.sends, tuple(masked), tuple(scored)
+        )
         self.own_losses = result.own_losses
         for variable, old, new in zip(state, before, result.new_state):
             if new is not old:
@@ -302,7 +308,7 @@ class _Pass:
 
     def backward(self, gradients: list) -> tuple[list, list]:
         """Returns gradients by the weights and by what was received."""
-        outputs = self.outputs[: len(gradients)]
+        outputs = self.outgoing.floating(self.outputs)
         targets = [
             (t, g) for t, g in zip(outputs, gradients) if g is not None
         ] + [(t, tf.ones_like(t)) for t in self.own_losses]

@@ -185,7 +185,7 @@ class Feeder:
                 batch = self._epoch.drawn_before + self._position + feed.moved()
                 error.add_note(
                     f"Raised in the feeder, drawing batch {batch} of this "
-                    "epoch."
+                    "epoch, or a later one ahead of time."
                 )
             raise
         finally:

@@ -3,7 +3,6 @@
 import contextlib
 import numbers
 import traceback
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 
 from fdg_keras import _keras
 from fdg_keras.feeding import Pace
-from fdg_keras.threads import noting
+from fdg_keras.threads import noting, warn
 
 _TRAIN_HOOKS = (
     "on_train_batch_begin",
@@ -59,7 +58,7 @@ class Hooks:
         self.callbacks = callbacks
 
     def call(self, name: str, *args: Any, **kwargs: Any) -> None:
-        """Calls a hook of all callbacks, one that is not about batches."""
+        """Calls a hook of all callbacks."""
         with noting(f"in a callback's `{name}`"), _naming():
             getattr(self.callbacks, name)(*args, **kwargs)
 
@@ -92,15 +91,14 @@ class Hooks:
             )
             says = hasattr(callback, "drain_every")
             if listens and not known and not says and _is_users(callback):
-                warnings.warn(
+                warn(
                     f"{type(callback).__name__} has hooks that are called at "
                     f"batches, while stages are at others (delay={delay}): "
                     "weights that it reads or sets there are in motion, and "
                     "runs with one seed may differ. If it does, give it an "
                     "attribute `drain_every = 1`, and all stages drain first, "
                     "which takes time; if it looks at logs and the learning "
-                    "rate only, `drain_every = None`.",
-                    stacklevel=3,
+                    "rate only, `drain_every = None`."
                 )
 
     def start_epoch(self) -> None:
@@ -109,8 +107,7 @@ class Hooks:
 
     def begin(self, mode: str, batch: int) -> None:
         """Tells callbacks that a window begins, by its first batch."""
-        with _naming():
-            getattr(self.callbacks, f"on_{mode}_batch_begin")(batch)
+        self.call(f"on_{mode}_batch_begin", batch)
 
     def end(self, mode: str, batch: int, logs: dict) -> None:
         """Tells callbacks that a window has ended, by its last batch."""
@@ -119,8 +116,7 @@ class Hooks:
         if asked:
             # Keras counts windows: a short last one has the index of a whole.
             batch = -(-self._trained // asked) * asked - 1
-        with _naming():
-            getattr(self.callbacks, f"on_{mode}_batch_end")(batch, logs)
+        self.call(f"on_{mode}_batch_end", batch, logs)
 
     def pace(self, mode: str) -> Pace:
         """Returns how long windows are, the same object every time.
@@ -200,7 +196,7 @@ def capped_epochs(epochs: int) -> int:
     """Returns `epochs`, limited by `keras.config.max_epochs()`."""
     most = keras.config.max_epochs()
     if most and most < epochs:
-        warnings.warn(f"Limiting epochs to {most}", stacklevel=3)
+        warn(f"Limiting epochs to {most}")
         return most
     return epochs
 
@@ -218,13 +214,14 @@ def _naming() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        # Keras' list calls one after the other, in the last frame of its own.
+        called = None
         for frame, _ in traceback.walk_tb(error.__traceback__):
-            # Keras' list calls one after the other.
-            if isinstance(
-                frame.f_locals.get("self"), keras.callbacks.CallbackList
-            ):
-                name = type(frame.f_locals.get("callback")).__name__
-                error.add_note(f"The callback is a {name}.")
+            known = frame.f_locals
+            if isinstance(known.get("self"), keras.callbacks.CallbackList):
+                called = known.get("callback", called)
+        if called is not None:
+            error.add_note(f"The callback is a {type(called).__name__}.")
         raise
 
 

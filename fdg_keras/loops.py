@@ -239,7 +239,7 @@ class Loop:
         gradients: list[tf.Tensor | None] = []
         if self._objective is not None:
             gradients = self._objective.update(
-                stage.with_masks(outputs, stage.outgoing.masked),
+                stage.outgoing.attach(outputs),
                 own_loss[0] if own_loss else None,
                 targets,
                 stage.training,

@@ -89,15 +89,17 @@ class Objective:
         """Updates the metrics and returns the gradient of the loss.
 
         Args:
-            outputs: The model's outputs in order, each `[B, ...]`.
+            outputs: The model's outputs in order, each `[B, ...]`, some with
+                the logits that they were made of.
             own_loss: Sum of the losses that layers of any stage add, a
                 scalar, or `None`.
             targets: Flat targets, as above.
             training: Whether gradients are wanted.
 
         Returns:
-            For each output the gradient of the compiled loss with respect to
-            it, or `None` if it has none; an empty list if not `training`.
+            For each output, and then for the logits of those that have some,
+            the gradient of the compiled loss with respect to it, or `None` if
+            it has none; an empty list if not `training`.
 
         Raises:
             ValueError: If there is no loss, or the targets do not fit it.
@@ -107,16 +109,18 @@ class Objective:
         y, sample_weight = tf.nest.map_structure(
             lambda spec: None if spec is None else next(rest), self._structure
         )
+        logits = [_keras.get_logits(t) for t in outputs]
+        sources = [*outputs, *(t for t in logits if t is not None)]
         with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch([t for t in outputs if t.dtype.is_floating])
+            tape.watch([t for t in sources if t.dtype.is_floating])
             y_pred = _keras.pack_outputs(self._graph.functional, list(outputs))
             compiled = _keras.compiled_loss(self._model)
             loss = compiled and compiled(y, y_pred, sample_weight)
         gradients: list = []
         if training and loss is not None:
-            gradients = tape.gradient(loss, outputs)
+            gradients = tape.gradient(loss, sources)
         elif training:
-            gradients = [None] * len(outputs)
+            gradients = [None] * len(sources)
         loss = self._total(loss, own_loss)
         _keras.loss_tracker(self._model).update_state(
             loss, sample_weight=batch_size

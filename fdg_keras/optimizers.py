@@ -17,6 +17,12 @@ from fdg_keras import _keras
 from fdg_keras.placement import Relocation
 from fdg_keras.threads import uninterrupted
 
+_NO_SCALE = (
+    "`mixed_float16` and `LossScaleOptimizer` are not supported: the "
+    "scale would have to travel with each delayed gradient. Use the "
+    "`mixed_bfloat16` policy, which needs no scale."
+)
+
 
 def check_optimizer(optimizer: Any) -> None:
     """Refuses optimizers that cannot be split into one for each stage.
@@ -31,12 +37,7 @@ def check_optimizer(optimizer: Any) -> None:
             "`model.compile(optimizer, loss)` first. Received: None"
         )
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-        raise ValueError(
-            "`mixed_float16` and `LossScaleOptimizer` are not supported: the "
-            "scale would have to travel with each delayed gradient. Use the "
-            "`mixed_bfloat16` policy, which needs no scale. Received: "
-            f"{optimizer!r}"
-        )
+        raise ValueError(f"{_NO_SCALE} Received: {optimizer!r}")
     if isinstance(optimizer, keras.optimizers.MultiOptimizer):
         raise ValueError(
             "`MultiOptimizer` is not supported: its optimizers would have to "
@@ -50,6 +51,20 @@ def check_optimizer(optimizer: Any) -> None:
             "variable) or `clipvalue`. Received: "
             f"global_clipnorm={optimizer.global_clipnorm}"
         )
+
+
+def check_precision(model: keras.Model) -> None:
+    """Refuses layers whose gradients need a scale, whether there is one or not.
+
+    Raises:
+        ValueError: If a layer computes in float16.
+    """
+    for layer in _keras.layers_within(model):
+        if layer.compute_dtype == "float16":
+            raise ValueError(
+                f"{_NO_SCALE} Received: layer {layer.name!r}, which computes "
+                "in float16"
+            )
 
 
 def is_scale_invariant(optimizer: keras.optimizers.Optimizer) -> bool:

@@ -67,7 +67,8 @@ def test(
     model.reset_metrics()
     batches.reset()
     _run(deployment, "test", batches, hooks, end)
-    logs = as_floats(model.get_metrics_result())
+    # Keras sorts those of `evaluate`, and only those.
+    logs = dict(sorted(as_floats(model.get_metrics_result()).items()))
     hooks.call("on_test_end", logs)
     return logs
 

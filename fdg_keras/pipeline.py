@@ -71,8 +71,9 @@ class Pipeline:
     ):
         self._settings = settings
         self._optimizers = optimizers
+        scored = graph.outputs if objective is not None else ()
         self.stages = [
-            Stage(k, part, device, settings is not None, jit_compile)
+            Stage(k, part, device, settings is not None, jit_compile, scored)
             for k, (part, device) in enumerate(zip(slices, devices))
         ]
         self._objective = objective
@@ -102,7 +103,7 @@ class Pipeline:
     # -- Building -------------------------------------------------------------
 
     def _trace(self) -> list[list[bool]]:
-        """Traces all stages; returns which sent values have a gradient."""
+        """Traces all stages; returns what of the sent has a gradient."""
         boundary = Boundary()
         for stage in self.stages:
             feeds = [self._spec.inputs[i] for i in self._positions(stage)]
@@ -121,22 +122,21 @@ class Pipeline:
 
     def _gradients_of_loss(self, boundary: Boundary) -> list[bool]:
         """Returns which outputs the compiled loss depends on."""
-        count = len(boundary.values)
         objective = self._objective
         if self._settings is None or objective is None:
-            return [False] * count
+            return [False] * len(boundary.floating(boundary.specs))
         found: list[bool] = []
 
         @tf.function(autograph=False)
-        def probe(outputs: Any, own_loss: Any, targets: Any) -> None:
+        def probe(sent: Any, own_loss: Any, targets: Any) -> None:
             gradients = objective.update(
-                outputs, own_loss, targets, training=True
+                boundary.attach(sent), own_loss, targets, training=True
             )
             found.extend(g is not None for g in gradients)
 
         with objective.fitting():
             probe.get_concrete_function(
-                list(boundary.specs[:count]),
+                list(boundary.specs[: len(boundary.specs) - boundary.has_loss]),
                 boundary.specs[-1] if boundary.has_loss else None,
                 list(objective.target_specs),
             )
@@ -159,7 +159,8 @@ class Pipeline:
                 sent.specs, capacity, after.device, f"activations_{k + 1}"
             )
             if any(gradients[k]):
-                specs = [s for s, g in zip(sent.specs, gradients[k]) if g]
+                floating = sent.floating(sent.specs)
+                specs = [s for s, g in zip(floating, gradients[k]) if g]
                 mine.gradients_in = theirs.gradients_out = Link(
                     specs, capacity, stage.device, f"gradients_{k}"
                 )

@@ -1,7 +1,6 @@
 """Where stages run: device names, and moving variables there and back."""
 
 import contextlib
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -9,7 +8,7 @@ import keras
 import tensorflow as tf
 
 from fdg_keras import _keras
-from fdg_keras.threads import uninterrupted
+from fdg_keras.threads import uninterrupted, warn
 
 
 def host_of(device: str) -> str:
@@ -47,12 +46,11 @@ def resolve_devices(devices: Sequence[str] | None, splits: int) -> list[str]:
             )
         names = [_full_name(device, known) for device in devices]
     if len(names) < splits:
-        warnings.warn(
+        warn(
             f"{splits} stages share {len(names)} device(s): "
             f"{', '.join(_short(n) for n in names)}, dealt round robin. Stages "
             "on one device compete for it. Logical devices can stand in for "
-            "real ones: see `tf.config.set_logical_device_configuration`.",
-            stacklevel=4,
+            "real ones: see `tf.config.set_logical_device_configuration`."
         )
     return [names[k % len(names)] for k in range(splits)]
 

@@ -5,7 +5,7 @@ Shapes flow forward and gradients flow back, so a stage is built in two steps:
 to the first.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,8 @@ class Boundary:
     Attributes:
         values: Values of the graph, `[B, ...]` each.
         masked: Those of them whose mask travels along.
+        scored: Those of them whose logits travel along, because a loss may
+            be computed from them.
         has_loss: Whether a scalar follows: the sum of the losses that layers
             of the stages so far have added, for the last stage to report.
         specs: Shapes and dtypes of all that.
@@ -31,8 +33,32 @@ class Boundary:
 
     values: tuple[int, ...] = ()
     masked: tuple[int, ...] = ()
+    scored: tuple[int, ...] = ()
     has_loss: bool = False
     specs: tuple[tf.TensorSpec, ...] = ()
+
+    def floating(self, found: Sequence[Any]) -> list[Any]:
+        """Returns what belongs to values and logits, without the masks."""
+        values, masks = len(self.values), len(self.masked)
+        start = values + masks
+        return [*found[:values], *found[start : start + len(self.scored)]]
+
+    def attach(self, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        """Returns the tensors of the values, as Keras' layers hand them out.
+
+        Args:
+            tensors: What travels: values, masks, logits.
+        """
+        rest = iter(tensors[len(self.values) :])
+        # By position: a model may hand out one tensor several times.
+        found = list(zip(self.values, tensors))
+        for value, tensor in found:
+            if value in self.masked:
+                _keras.set_mask(tensor, next(rest))
+        for value, tensor in found:
+            if value in self.scored:
+                _keras.set_logits(tensor, next(rest))
+        return [tensor for _, tensor in found]
 
 
 class Stage:
@@ -44,6 +70,7 @@ class Stage:
         device: Where it runs; its variables are there already.
         training: Whether layers run in training mode.
         jit_compile: Whether XLA compiles forward, backward and update.
+        scored: The values that a loss is computed from.
 
     Attributes:
         weights: The trainable variables.
@@ -60,6 +87,7 @@ class Stage:
         device: str,
         training: bool,
         jit_compile: bool,
+        scored: Collection[int] = (),
     ):
         self.index = index
         self.slice = slice_
@@ -68,6 +96,7 @@ class Stage:
         self.jit_compile = jit_compile
         self.weights = slice_.trainable_variables
         self.state = slice_.state_variables
+        self._scored = scored
         self._linearized: Linearized
         self.pair: Cut
         self.incoming = Boundary()
@@ -89,9 +118,10 @@ class Stage:
         """
         self.incoming = incoming
         masked: list[int] = []
+        scored: list[int] = []
 
         def pure(weights: list, state: list, inputs: list) -> Pure:
-            return self.pure(weights, state, inputs, masked)
+            return self.pure(weights, state, inputs, masked, scored)
 
         def specs(variables: Sequence[keras.Variable]) -> list[tf.TensorSpec]:
             return [tf.TensorSpec(v.shape, v.dtype) for v in variables]
@@ -111,6 +141,7 @@ class Stage:
         self.outgoing = Boundary(
             self.slice.sends,
             tuple(masked),
+            tuple(scored),
             has_loss,
             (*self._linearized.output_specs, *loss_spec),
         )
@@ -125,27 +156,42 @@ class Stage:
         """Adds the backward, if training, and cuts the two apart.
 
         Args:
-            has_gradient: For each value this stage sends, whether the loss
-                has a gradient with respect to it.
+            has_gradient: For each value this stage sends, and for the logits
+                that it sends, whether the loss has a gradient with respect to
+                it.
             stash: What is kept from a forward to its backward.
             input_gradients: Whether any stage before needs gradients.
 
         Returns:
-            For each value this stage receives, whether the loss has a
-            gradient with respect to it.
+            The same for what it receives.
         """
-        values = len(self.incoming.values)
-        feeds, masks = len(self.slice.feeds), len(self.incoming.masked)
+        incoming = self.incoming
+        values, masks, logits = (
+            len(part)
+            for part in (incoming.values, incoming.masked, incoming.scored)
+        )
+        feeds = len(self.slice.feeds)
         if not self.training:
             self.pair = self._linearized.forward_only()
-            return [False] * values
+            return [False] * (values + logits)
+        sent = len(self.outgoing.values)
         self.pair = self._linearized.cut(
-            [*has_gradient, *[False] * len(self.outgoing.masked)],
-            [False] * feeds + [input_gradients] * values + [False] * masks,
+            [
+                *has_gradient[:sent],
+                *[False] * len(self.outgoing.masked),
+                *has_gradient[sent:],
+            ],
+            [
+                *[False] * feeds,
+                *[input_gradients] * values,
+                *[False] * masks,
+                *[input_gradients] * logits,
+            ],
             stash,
         )
-        found = self.pair.input_has_gradient or [False] * (feeds + values)
-        return found[feeds : feeds + values]
+        total = feeds + values + masks + logits
+        found = self.pair.input_has_gradient or [False] * total
+        return incoming.floating(found[feeds:])
 
     @property
     def has_backward(self) -> bool:
@@ -153,17 +199,23 @@ class Stage:
         return self.pair.backward is not None
 
     def pure(
-        self, weights: list, state: list, inputs: list, masked: list[int]
+        self,
+        weights: list,
+        state: list,
+        inputs: list,
+        masked: list[int],
+        scored: list[int],
     ) -> Pure:
-        """The stage as a function; fills `masked` with what carries a mask."""
+        """The stage as a function.
+
+        Fills `masked` with what it sends with a mask, `scored` with what it
+        sends with logits.
+        """
         variables = [*self.weights, *self.state]
         count = len(self.slice.feeds)
         feeds, received = inputs[:count], inputs[count:]
         values = dict(zip(self.slice.feeds, feeds))
-        values.update(zip(self.incoming.values, received))
-        masks = received[len(self.incoming.values) :]
-        for value, mask in zip(self.incoming.masked, masks):
-            _keras.set_mask(values[value], mask)
+        values.update(zip(self.incoming.values, self.incoming.attach(received)))
         scope = _Scope(
             list(zip(variables, [*weights, *state])), collect_losses=True
         )
@@ -180,10 +232,16 @@ class Stage:
         self._check_updates(scope, known, before, after)
         sends = [values[v] for v in self.slice.sends]
         found = [
-            (v, _keras.get_mask(t)) for v, t in zip(self.slice.sends, sends)
+            (v, _keras.get_mask(t), _keras.get_logits(t))
+            for v, t in zip(self.slice.sends, sends)
         ]
-        masked[:] = [v for v, mask in found if mask is not None]
-        outputs = sends + [mask for _, mask in found if mask is not None]
+        masked[:] = [v for v, mask, _ in found if mask is not None]
+        outputs = sends + [mask for _, mask, _ in found if mask is not None]
+        logits = [
+            (v, t) for v, _, t in found if t is not None and v in self._scored
+        ]
+        scored[:] = [v for v, _ in logits]
+        outputs += [t for _, t in logits]
         changes = zip(state, before[len(weights) :], after[len(weights) :])
         new_state = [old if b is a else a for old, b, a in changes]
         return Pure(outputs, losses, new_state)
@@ -202,30 +260,26 @@ class Stage:
             )
         for variable, b, a in zip(self.weights, before, after):
             if b is not a:
-                raise ValueError(
-                    f"A layer assigns to its trainable variable "
-                    f"{variable.path!r} in `call`. Expected trainable "
-                    "variables to be changed by the optimizer alone, because "
-                    "a delayed gradient needs their values as they were. "
-                    "Make the variable non-trainable, or take the layer out."
-                )
+                raise ValueError(self._assigned(variable))
 
-    def with_masks(
-        self, outputs: Sequence[tf.Tensor], masked: Sequence[int]
-    ) -> list[tf.Tensor]:
-        """Returns the sent tensors, each with its mask, as Keras' losses want.
-
-        Args:
-            outputs: What `pure` made: the sent tensors, then their masks.
-            masked: Which of them have one.
-        """
-        count = len(self.slice.sends)
-        masks = dict(zip(masked, outputs[count:]))
-        # By position: a model may hand out one tensor several times.
-        for value, tensor in zip(self.slice.sends, outputs[:count]):
-            if value in masks:
-                _keras.set_mask(tensor, masks[value])
-        return list(outputs[:count])
+    def _assigned(self, variable: keras.Variable) -> str:
+        """What to say of a layer that changes its trainable variable."""
+        owner = next(
+            layer
+            for layer in self.slice.layers
+            if any(v is variable for v in layer.trainable_variables)
+        )
+        kind = type(owner)
+        advice = "Make the variable non-trainable, or take the layer out."
+        if kind.__module__.startswith("keras."):
+            advice = "Take the layer out."
+        return (
+            f"Layer {owner.name!r} assigns to its trainable variable "
+            f"{variable.path!r} in `call`. Expected trainable variables to be "
+            "changed by the optimizer alone, because a delayed gradient needs "
+            f"their values as they were. {advice} Received: a layer of type "
+            f"{kind.__name__}"
+        )
 
     @property
     def span(self) -> str:

@@ -88,10 +88,13 @@ def ancestors(
         if op.name not in seen:
             seen.add(op.name)
             visit(op.inputs)
+            # What made a tensor that is fed has run, whatever else it makes.
+            # What makes nothing (an assertion, say) has not.
             operations.extend(
                 before
                 for before in op.control_inputs
                 if before.name not in past
+                and not any(t.name in stop for t in before.outputs)
             )
     return list(reached.values()), seen
 

@@ -6,6 +6,7 @@ that Ctrl-C always reaches it.
 """
 
 import contextlib
+import inspect
 import queue
 import signal
 import threading
@@ -19,6 +20,10 @@ from typing import Any
 _PATIENCE_S = 30.0
 # One that may be left behind is waited for so long.
 _GRACE_S = 1.0
+
+# Whose frames lie between a warning and the user's line that it is about: those
+# of this package, and of context managers.
+_OWN = (__name__.partition(".")[0], "contextlib")
 
 
 class Crew:
@@ -156,7 +161,7 @@ class Crew:
         # Where warnings are errors, this one must not hide the failure that
         # is on its way, nor keep the other threads from being joined.
         with contextlib.suppress(UserWarning):
-            warnings.warn(message, stacklevel=4)
+            warn(message)
 
     def __enter__(self) -> "Crew":
         return self
@@ -240,3 +245,17 @@ def uninterrupted() -> Iterator[None]:
             handler(*pending[0])
         elif pending:
             signal.raise_signal(signal.SIGINT)
+
+
+def warn(message: str) -> None:
+    """Warns, as of the innermost line that is not of this package."""
+    level = 1
+    frame = inspect.currentframe()
+    while frame is not None and _is_own(frame.f_globals):
+        frame = frame.f_back
+        level += 1
+    warnings.warn(message, stacklevel=level)
+
+
+def _is_own(names: dict) -> bool:
+    return str(names.get("__name__")).partition(".")[0] in _OWN

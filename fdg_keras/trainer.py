@@ -7,7 +7,7 @@ import keras
 
 from fdg_keras import _keras, passes, planning, transforms
 from fdg_keras.corrections import Correction, check_corrections
-from fdg_keras.data import Batches, validation_batches
+from fdg_keras.data import Batches, build_for, validation_batches
 from fdg_keras.delays import Order
 from fdg_keras.deployment import Deployment, check_idle
 from fdg_keras.hooks import Hooks, ask_for_probes, capped_epochs
@@ -102,7 +102,6 @@ class Trainer:
         check_model(model)
         corrected = check_corrections(corrections, model.optimizer, stash)
         self.model = model
-        warn_if_shrinking_is_futile(transform, model)
         self._graph = graph = trace_graph(model)
         cuts = planning.choose_cuts(graph, splits)
         count = len(cuts) + 1
@@ -118,6 +117,8 @@ class Trainer:
         self._settings = Settings(
             int(delay), order, stash, transform, corrected
         )
+        self._warned: set[type] = set()
+        self._warn_once()
         self._emulate = emulate
         self._deployment = Deployment(
             model, graph, slices, names, self._settings, emulate
@@ -155,6 +156,7 @@ class Trainer:
             ValueError: If the data do not fit the model, or are empty.
         """
         check_model(self.model)
+        self._warn_once()
         check_idle(self.model)
         check_emulation(self.model, self._emulate, self._settings.stash)
         if self._emulate and verbose:
@@ -212,6 +214,13 @@ class Trainer:
                     epochs,
                     validation_freq,
                 )
+
+    def _warn_once(self) -> None:
+        """Warns of what is futile, once for each optimizer compiled with."""
+        kind = type(self.model.optimizer)
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warn_if_shrinking_is_futile(self._settings.transform, self.model)
 
     @property
     def plan(self) -> Plan:
@@ -276,8 +285,7 @@ class Trainer:
             logs = passes.test(self._deployment, batches, hooks)
         if return_dict:
             return logs
-        values = list(logs.values())
-        return values[0] if len(values) == 1 else values
+        return _keras.in_order_of_metrics(self.model, logs)
 
     def predict(
         self,
@@ -317,7 +325,8 @@ def fit(
     """Trains `model` in stages: `Trainer(model, ...).fit(...)`.
 
     Args:
-        model: A compiled Functional or Sequential model.
+        model: A compiled Functional or Sequential model. A Sequential without
+            an input shape is built for the data, unless they are a generator.
         *args: As `keras.Model.fit` takes them.
         splits: See `Trainer`, here and below.
         devices: See `Trainer`.
@@ -335,6 +344,7 @@ def fit(
     Raises:
         ValueError: As `Trainer` and `Trainer.fit` do.
     """
+    build_for(model, args[0] if args else kwargs.get("x"))
     trainer = Trainer(
         model,
         splits,

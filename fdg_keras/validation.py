@@ -1,7 +1,6 @@
 """Bad input, refused before anything is built."""
 
 import numbers
-import warnings
 from typing import Any
 
 import keras
@@ -9,7 +8,12 @@ import tensorflow as tf
 
 from fdg_keras.delays import ORDERS
 from fdg_keras.linearize import STASHES
-from fdg_keras.optimizers import check_optimizer, is_scale_invariant
+from fdg_keras.optimizers import (
+    check_optimizer,
+    check_precision,
+    is_scale_invariant,
+)
+from fdg_keras.threads import warn
 
 
 def check_settings(delay: Any, stash: Any, order: Any) -> None:
@@ -77,6 +81,7 @@ def check_model(model: Any) -> None:
             f"{model.distribute_strategy!r}"
         )
     check_optimizer(model.optimizer)
+    check_precision(model)
 
 
 def check_emulation(model: keras.Model, emulate: bool, stash: str) -> None:
@@ -110,7 +115,8 @@ def check_sizes(
     Raises:
         ValueError: If one is out of range.
     """
-    is_number = isinstance(validation_split, (int, float))
+    is_number = isinstance(validation_split, numbers.Real)
+    is_number = is_number and not isinstance(validation_split, bool)
     if not is_number or not 0 <= validation_split < 1:
         raise ValueError(
             "Expected `validation_split` to be the share of the samples to "
@@ -159,9 +165,8 @@ def warn_if_shrinking_is_futile(transform: Any, model: keras.Model) -> None:
     """Warns where an optimizer undoes what a transform does."""
     shrinks = getattr(transform, "beta", 1) != 1
     if shrinks and is_scale_invariant(model.optimizer):
-        warnings.warn(
+        warn(
             f"{type(model.optimizer).__name__} divides gradients by their own "
             f"size, so that {transform!r} does next to nothing. Lower the "
-            "learning rate, or use SGD.",
-            stacklevel=3,
+            "learning rate, or use SGD."
         )

@@ -222,6 +222,21 @@ def test_loss_scaling():
         fdg_keras.Trainer(model)
 
 
+def test_float16_without_a_scale():
+    """`auto_scale_loss=False` had it trained as it is."""
+    model = keras.Sequential(
+        [
+            keras.Input((4,)),
+            layers.Dense(3, dtype="mixed_float16", name="half"),
+            layers.Dense(2),
+        ]
+    )
+    model.compile("sgd", "mse", auto_scale_loss=False)
+    message = r"`mixed_float16` and.*`mixed_bfloat16`.*Received: layer 'half'"
+    with pytest.raises(ValueError, match=message):
+        fdg_keras.Trainer(model)
+
+
 def test_a_model_that_was_compiled_anew_in_a_bad_way():
     """Between making the trainer and using it."""
     trainer = make_trainer()
@@ -274,6 +289,13 @@ class DrawsFromOutside(layers.Layer):
             DrawsFromOutside,
             r"Stage 0 \(layers 'one' to 'bad'\) updates a variable that "
             r"belongs to none of its layers.*`keras.random.SeedGenerator`",
+        ),
+        (
+            lambda name: layers.SpectralNormalization(
+                layers.Dense(4), name=name
+            ),
+            r"Layer 'bad' assigns to its trainable variable '.*kernel' in "
+            r"`call`.*as they were\. Take the layer out.*SpectralNormalization",
         ),
     ],
 )
@@ -398,12 +420,19 @@ def test_targets_of_another_shape():
         ("validation_batch_size", -4),
         ("validation_split", 1.0),
         ("validation_split", -0.1),
+        ("validation_split", False),
     ],
 )
 def test_sizes(argument, value):
     x, y = np.zeros((8, 4)), np.zeros((8, 2))
     with pytest.raises(ValueError, match=f"`{argument}` to be .* {value!r}"):
         fdg_keras.fit(make_model(), x, y, verbose=0, **{argument: value})
+
+
+def test_a_share_of_any_number_type():
+    """NumPy's numbers were refused."""
+    history = fit(make_model(), validation_split=np.float32(0.25))
+    assert "val_loss" in history.history
 
 
 def test_no_data():

@@ -2,7 +2,9 @@
 
 import functools
 import gc
+import re
 import threading
+import warnings
 
 import keras
 import numpy as np
@@ -267,7 +269,17 @@ def test_a_random_number_is_drawn_once(stash):
 def test_shrinking_a_scale_invariant_optimizer_is_said_to_be_futile():
     model = small_model(optimizer="adam")
     with pytest.warns(UserWarning, match="does next to nothing"):
-        fdg_keras.Trainer(model, 2, shrink=0.5)
+        trainer = fdg_keras.Trainer(model, 2, shrink=0.5)
+    # Once for each trainer, and for each class that it was compiled with.
+    said = []
+    for kind in ("Adam", "SGD", "Lion", "Lion"):
+        model.compile(getattr(keras.optimizers, kind)(), "mse")
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            quiet_fit(trainer)
+        messages = [str(w.message) for w in found]
+        said.append(len([m for m in messages if "next to nothing" in m]))
+    assert said == [0, 0, 1, 0]
 
 
 def test_steps_are_counted_batch_by_batch():
@@ -575,3 +587,424 @@ def test_a_loss_without_any_gradient(emulate):
     model.compile("sgd", "mse")
     with pytest.raises(ValueError, match="No weight has a gradient"):
         quiet_fit(fdg_keras.Trainer(model, 2, emulate=emulate))
+
+
+def sigmoid_times(x):
+    return x * tf.sigmoid(x)
+
+
+@tf.custom_gradient
+def waiting(x):
+    """As `sigmoid_times`; its gradient waits for what it is given."""
+
+    def gradient(dy):
+        with tf.control_dependencies([dy]):
+            s = tf.sigmoid(x)
+            return dy * (s + x * s * (1 - s))
+
+    return sigmoid_times(x), gradient
+
+
+@pytest.mark.parametrize("delay", [0, 2])
+@pytest.mark.parametrize("stash", ["exact", "current", "replay"])
+def test_a_gradient_that_waits_for_what_it_is_given(stash, delay):
+    """`Dense(5, "swish")` before a cut failed at the first backward.
+
+    TensorFlow's gradient of it runs after what it is given, by a control
+    edge. The backward was cut out along that edge, with the placeholder behind
+    it, which nobody fed.
+    """
+    weights = []
+    for first, second in (("swish", waiting), (sigmoid_times, sigmoid_times)):
+        keras.utils.set_random_seed(1)
+        model = keras.Sequential(
+            [
+                keras.Input((4,)),
+                keras.layers.Dense(5, first, name="first"),
+                keras.layers.Dense(5, second, name="second"),
+                keras.layers.Dense(3),
+            ]
+        )
+        model.compile(keras.optimizers.SGD(0.1, momentum=0.9), "mse")
+        cuts = ["first", "second"]
+        quiet_fit(fdg_keras.Trainer(model, cuts, delay=delay, stash=stash))
+        weights.append(model.get_weights())
+    for a, b in zip(*weights):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["EfficientNetB0", "MobileNetV3Small"])
+def test_applications_with_such_gradients(name):
+    """Most of today's convolutional networks have them, cut anywhere."""
+    random = np.random.RandomState(0)
+    x = 255 * random.rand(16, 32, 32, 3).astype("f")
+    y = random.randint(3, size=16)
+    losses = []
+    for staged in (True, False):
+        keras.utils.set_random_seed(1)
+        model = getattr(keras.applications, name)(
+            weights=None, input_shape=(32, 32, 3), classes=3
+        )
+        loss = "sparse_categorical_crossentropy"
+        model.compile(keras.optimizers.SGD(0.01), loss)
+        fitted = fdg_keras.Trainer(model, 3, delay=0) if staged else model
+        history = fitted.fit(x, y, batch_size=8, shuffle=False, verbose=0)
+        losses.append(history.history["loss"])
+    # Weights of such deep models are not the same to more than a few digits.
+    np.testing.assert_allclose(*losses, rtol=1e-3)
+
+
+def of_unknown_length(dataset):
+    return dataset.filter(lambda *batch: True)
+
+
+FIT_DATA = {"shuffle": False, "verbose": 0}
+SHUFFLED = {
+    "known": ({}, 3, None),
+    "unknown": ({}, 3, of_unknown_length),
+    "steps": ({"steps_per_epoch": 4}, 5, None),
+    "unknown and steps": ({"steps_per_epoch": 3}, 4, of_unknown_length),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")
+@pytest.mark.parametrize("validated", ["no", "another", "itself"])
+@pytest.mark.parametrize("kind", SHUFFLED)
+def test_a_data_set_that_shuffles_is_opened_as_often_as_by_keras(
+    kind, validated
+):
+    """From the second epoch on, batches came in another order.
+
+    Keras opens a data set of known length once more when an epoch has ended.
+    It does not read on, but `shuffle` has another order each time.
+    """
+    more, epochs, change = SHUFFLED[kind]
+    x, y = small_data()
+    found = []
+    for staged in (True, False):
+        keras.utils.set_random_seed(1)
+        model = small_model()
+        data, other = (
+            tf.data.Dataset.from_tensor_slices((x, y)).shuffle(24, seed=s)
+            for s in (1, 2)
+        )
+        data = (change or (lambda d: d))(data.batch(5))
+        sets = {"no": None, "another": other.take(20).batch(4), "itself": data}
+        arguments = {"validation_data": sets[validated], **FIT_DATA} | more
+        fitted = fdg_keras.Trainer(model, 2, delay=0) if staged else model
+        history = fitted.fit(data, epochs=epochs, **arguments).history
+        tests = fitted.evaluate(data, verbose=0)
+        outputs = fitted.predict(data, verbose=0)
+        found.append((history, tests, outputs, model.get_weights()))
+    keras.tree.map_structure(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        *found,
+    )
+
+
+class Pairs(keras.utils.PyDataset):
+    """The small data in batches of 5, 5, 5, 5, 4."""
+
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, index):
+        x, y = small_data()
+        rows = slice(5 * index, 5 * index + 5)
+        return x[rows], y[rows]
+
+
+def batches_of_small_data(**arguments):
+    return tf.data.Dataset.from_tensor_slices(small_data()).batch(**arguments)
+
+
+UNBUILT = {
+    "arrays": small_data,
+    "tensors": lambda: map(tf.constant, small_data()),
+    "tf.data": lambda: [batches_of_small_data(batch_size=5)],
+    "of static shape": lambda: [
+        batches_of_small_data(batch_size=5, drop_remainder=True)
+    ],
+    "PyDataset": lambda: [Pairs()],
+}
+
+
+@pytest.mark.parametrize("kind", UNBUILT)
+def test_a_sequential_is_built_for_the_data(kind):
+    """One without an input shape was refused, where Keras builds it."""
+    models = []
+    for staged in (True, False):
+        keras.utils.set_random_seed(1)
+        model = keras.Sequential(
+            [
+                keras.layers.Dense(5, "tanh", name="first"),
+                keras.Sequential([keras.layers.Dense(4)]),
+                keras.layers.Dropout(0.5),
+                keras.layers.Dense(3),
+            ]
+        )
+        model.compile("sgd", "mse")
+        data = UNBUILT[kind]()
+        if staged:
+            fdg_keras.fit(model, *data, splits=["first"], delay=0, **FIT_DATA)
+        else:
+            model.fit(*data, **FIT_DATA)
+        models.append(model)
+    one, other = models
+    assert one.input_shape == other.input_shape
+    for a, b in zip(one.get_weights(), other.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_sequential_is_not_built_for_a_generator():
+    """A batch would be lost by looking at it."""
+    model = keras.Sequential([keras.layers.Dense(4), keras.layers.Dense(3)])
+    model.compile("sgd", "mse")
+    batches = iter([small_data()] * 2)
+    with pytest.raises(ValueError, match=r"no input shape yet.*model.build"):
+        fdg_keras.fit(model, (batch for batch in batches), steps_per_epoch=2)
+    assert len(list(batches)) == 2
+
+
+class Watched(keras.layers.Layer):
+    """Keeps a metric of its own."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.mean = keras.metrics.Mean(name="act")
+
+    def call(self, x):
+        self.mean.update_state(x)
+        return x
+
+
+@pytest.mark.parametrize("emulate", [False, True])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_metric_of_an_earlier_stage_without_delay(steps, emulate):
+    """It was missing in the logs of batches, as it is with delay."""
+
+    class Log(keras.callbacks.Callback):
+        def __init__(self):
+            super().__init__()
+            self.logs = []
+
+        def on_train_batch_end(self, batch, logs=None):
+            self.logs.append([batch, logs])
+
+    found = []
+    for staged in (True, False):
+        keras.utils.set_random_seed(1)
+        model = keras.Sequential(
+            [
+                keras.Input((4,)),
+                Watched(name="watched"),
+                keras.layers.Dense(3, name="first"),
+                keras.layers.Dense(3),
+            ]
+        )
+        model.compile("sgd", "mse", metrics=["mae"], steps_per_execution=steps)
+        fitted = model
+        if staged:
+            fitted = fdg_keras.Trainer(
+                model, ["first"], delay=0, emulate=emulate
+            )
+        log = Log()
+        quiet_fit(fitted, callbacks=[log])
+        found.append(log.logs)
+    assert [list(logs) for _, logs in found[0]] == [
+        list(logs) for _, logs in found[1]
+    ]
+    keras.tree.map_structure(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), *found
+    )
+
+
+def test_results_of_evaluate_are_in_the_order_of_keras():
+    """A dictionary of them, and `val_` logs, were not sorted by name."""
+    orders, results = [], []
+    for staged in (True, False):
+        keras.utils.set_random_seed(1)
+        model = small_model()
+        model.compile("sgd", "mse", metrics=["mse", "cosine_similarity", "mae"])
+        fitted = fdg_keras.Trainer(model, 2, delay=0) if staged else model
+        history = quiet_fit(fitted, validation_data=small_data()).history
+        named = fitted.evaluate(*small_data(), verbose=0, return_dict=True)
+        results.append(fitted.evaluate(*small_data(), verbose=0))
+        orders.append((list(history), list(named)))
+    assert orders[0] == orders[1]
+    np.testing.assert_allclose(*results, rtol=1e-5)
+
+
+@pytest.mark.parametrize("in_list", [False, True])
+def test_an_input_that_a_dictionary_lacks(recwarn, in_list):
+    """Keras' own error was hidden by a longer one, and a warning."""
+    image, tab = keras.Input((4,), name="image"), keras.Input((4,), name="tab")
+    outputs = keras.layers.Dense(3)(keras.layers.Add()([image, tab]))
+    inputs = [image, tab] if in_list else {"image": image, "tab": tab}
+    model = keras.Model(inputs, outputs)
+    model.compile("sgd", "mse")
+    x, y = small_data()
+    messages = []
+    for fitted in (model, fdg_keras.Trainer(model, 1)):
+        with pytest.raises(ValueError, match='data for input "tab"') as raised:
+            fitted.fit({"image": x, "tabs": x}, y, verbose=0)
+        messages.append(str(raised.value))
+    assert messages[1] in messages[0]
+    assert not [w for w in recwarn if "structure" in str(w.message)]
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_epoch_end"])
+def test_notes_name_a_callback_once(hook):
+    """One of a batch's hooks was said to be a NoneType, too."""
+
+    def fail(*args, **kwargs):
+        raise KeyError("by the test")
+
+    callback = keras.callbacks.LambdaCallback(on_epoch_begin=lambda *args: None)
+    setattr(callback, hook, fail)
+    trainer = fdg_keras.Trainer(small_model(), 2, delay=0)
+    with pytest.raises(KeyError, match="by the test") as raised:
+        quiet_fit(trainer, callbacks=[callback])
+    notes = raised.value.__notes__
+    assert [n for n in notes if "The callback is a" in n] == [
+        "The callback is a LambdaCallback."
+    ]
+    assert f"Raised in a callback's `{hook}`." in notes
+
+
+class Watcher(keras.callbacks.Callback):
+    """Listens to batches."""
+
+    def on_train_batch_end(self, batch, logs=None):
+        pass
+
+
+WARNED = {
+    "futile": ({"shrink": 0.5}, {}, "does next to nothing"),
+    "shared": ({"devices": ["CPU:0"]}, {}, r"2 stages share 1 device"),
+    "motion": ({}, {"callbacks": [Watcher()]}, "are in motion"),
+    "short": ({"delay": 0}, {"steps_per_epoch": 9}, "ran out of data"),
+}
+
+
+@pytest.mark.parametrize("in_one", [True, False])
+@pytest.mark.parametrize("kind", WARNED)
+def test_warnings_point_at_the_line_of_the_user(kind, in_one):
+    """Some pointed into this package, and one at `sys:1`."""
+    settings, arguments, match = WARNED[kind]
+    arguments = FIT_DATA | arguments
+    data = small_data()
+    model = small_model(optimizer=keras.optimizers.Adam())
+
+    def train():
+        if in_one:
+            fdg_keras.fit(model, *data, **settings, **arguments)
+        else:
+            fdg_keras.Trainer(model, **settings).fit(*data, **arguments)
+
+    with pytest.warns(UserWarning, match=match) as found:
+        train()
+    where = [w.filename for w in found if re.search(match, str(w.message))]
+    assert where == [__file__]
+
+
+class Failing(Pairs):
+    """Lacks one of its batches."""
+
+    def __getitem__(self, index):
+        if index == 3:
+            raise OSError("by the test")
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("emulate", [False, True])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_batch_that_fails_ahead_of_time(workers, emulate):
+    """The batch that was waited for was said to have failed."""
+    trainer = fdg_keras.Trainer(small_model(), 2, emulate=emulate)
+    with pytest.raises(OSError, match="by the test") as raised:
+        trainer.fit(Failing(workers=workers), **FIT_DATA)
+    note = r"drawing batch [0-3]\b.*, or a later one ahead of time"
+    assert [n for n in raised.value.__notes__ if re.search(note, n)]
+
+
+def sure_model():
+    """Its outputs are probabilities that round to 0 and 1, each made early."""
+    keras.utils.set_random_seed(1)
+    inputs = keras.Input((4,), name="in")
+    h = keras.layers.Dense(4, name="first")(inputs)
+    kind = keras.layers.Dense(3, "softmax", name="kind")(h)
+    gate = keras.layers.Dense(1, "sigmoid", name="gate")(h)
+    h = keras.layers.Dense(4, name="second")(keras.layers.Multiply()([h, gate]))
+    last = keras.layers.Dense(3, name="third")(h)
+    last = keras.layers.Softmax(name="last")(last)
+    model = keras.Model(inputs, {"kind": kind, "gate": gate, "last": last})
+    losses = {
+        "kind": "sparse_categorical_crossentropy",
+        "gate": "binary_crossentropy",
+        "last": "categorical_crossentropy",
+    }
+    model.compile(keras.optimizers.SGD(1e-5), losses)
+    return model
+
+
+def sure_data():
+    x, y = small_data()
+    kinds = np.argmax(y, axis=-1)
+    gates = (kinds > 0).astype("float32")
+    return 200 * x - 70, {
+        "kind": kinds,
+        "gate": gates,
+        "last": np.eye(3, dtype="float32")[kinds],
+    }
+
+
+SURE_FIT = {"batch_size": 4, "epochs": 2} | FIT_DATA
+SURE_CUTS = ["gate", "second", "third"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"stash": "current"},
+        {"stash": "replay"},
+        {"emulate": True},
+    ],
+    ids=str,
+)
+def test_probabilities_that_round_to_zero(settings):
+    """Their gradient was zero, and the loss too small.
+
+    Keras remembers the logits that softmax and sigmoid are given, and computes
+    crossentropies from them. The last stage knew what it was sent.
+    """
+    found = []
+    for staged in (True, False):
+        model = fitted = sure_model()
+        if staged:
+            fitted = fdg_keras.Trainer(
+                model, SURE_CUTS, **{"delay": 0, **settings}
+            )
+        losses = fitted.fit(*sure_data(), **SURE_FIT).history
+        tested = fitted.evaluate(*sure_data(), verbose=0)
+        found.append((losses, tested, model.get_weights()))
+    assert found[1][0]["loss"][0] > 50
+    keras.tree.map_structure(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+        *found,
+    )
+
+
+def test_probabilities_that_round_to_zero_with_delay():
+    weights = []
+    for emulate in (True, False):
+        model = sure_model()
+        trainer = fdg_keras.Trainer(
+            model, SURE_CUTS, emulate=emulate, shrink=0.5
+        )
+        trainer.fit(*sure_data(), **SURE_FIT)
+        weights.append(model.get_weights())
+    for a, b in zip(*weights):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)

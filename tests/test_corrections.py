@@ -86,6 +86,20 @@ def test_mlp_equals_the_reference(kind, make, order):
 
 
 @pytest.mark.parametrize(
+    "make",
+    [
+        lambda: keras.optimizers.SGD(0.05, momentum=0.9, nesterov=True),
+        lambda: keras.optimizers.AdamW(0.01, weight_decay=0.1),
+    ],
+    ids=["nesterov", "adamw"],
+)
+def test_prediction_by_other_kinds_of_momentum(make):
+    found, groups = train("mlp", make(), [WeightPrediction()])
+    wanted = refer("mlp", groups, make(), epochs=2, predict=True)
+    assert_same_weights(found.model, wanted.model)
+
+
+@pytest.mark.parametrize(
     ("kind", "name", "splits"),
     [
         ("prediction", "conv", 3),

@@ -146,6 +146,22 @@ def test_masks():
     assert _keras.get_mask(tensor) is mask
 
 
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_logits(activation):
+    """Keras' crossentropies are computed from them, if they are known."""
+    logits = tf.constant([[200.0, -200.0]])
+    probabilities = keras.activations.get(activation)(logits)
+    assert _keras.get_logits(probabilities) is logits
+    loss = keras.losses.CategoricalCrossentropy()
+    wanted = tf.constant([[0.0, 1.0]])
+    assert float(loss(wanted, probabilities)) == pytest.approx(400)
+    bare = tf.constant(probabilities.numpy())
+    assert _keras.get_logits(bare) is None
+    assert float(loss(wanted, bare)) < 20
+    _keras.set_logits(bare, logits)
+    assert float(loss(wanted, bare)) == pytest.approx(400)
+
+
 def test_the_masks_of_layers():
     ids = tf.constant([[3, 1, 0]])
     embedded = layers.Embedding(5, 2, mask_zero=True)(ids)
@@ -540,6 +556,29 @@ def assert_remembers(data):
     adapter.on_epoch_end()
     assert [type(failure) for failure in failures] == [KeyError]
     assert "no such image" in str(failures[0])
+
+
+def test_layers_within(model):
+    outer = keras.Sequential([keras.Input((4,)), model])
+    found = _keras.layers_within(outer)
+    assert {*found} >= {outer, model, *model.layers}
+
+
+def test_check_names():
+    a, b = keras.Input((2,), name="a"), keras.Input((1,), name="b")
+    model = keras.Model({"a": a, "b": b}, layers.Add()([a, b]))
+    for x in ({"a": floats(4, 2), "b": floats(4, 1)}, [floats(4, 2)]):
+        _keras.check_names(model, x)
+    with pytest.raises(ValueError, match=r'Missing data for input "b"'):
+        _keras.check_names(model, {"a": floats(4, 2), "c": floats(4, 1)})
+
+
+def test_in_order_of_metrics(model):
+    model.compile("sgd", "mse", metrics=["mse", "mae"])
+    model.evaluate(floats(4, 4), floats(4, 2), verbose=0)
+    logs = {"mae": 1.0, "loss": 2.0, "mse": 3.0}
+    assert _keras.in_order_of_metrics(model, logs) == [2.0, 3.0, 1.0]
+    assert _keras.in_order_of_metrics(model, {"loss": 2.0}) == 2.0
 
 
 def test_train_validation_split():
