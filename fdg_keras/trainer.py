@@ -7,11 +7,11 @@ import keras
 
 from fdg_keras import _keras, passes, planning, transforms
 from fdg_keras.corrections import Correction, check_corrections
+from fdg_keras.crossing import Stash
 from fdg_keras.data import Batches, validation_batches
 from fdg_keras.delays import Order
 from fdg_keras.deployment import Deployment, check_idle
 from fdg_keras.hooks import Hooks, ask_for_probes, capped_epochs
-from fdg_keras.linearize import Stash
 from fdg_keras.pipeline import Settings
 from fdg_keras.placement import resolve_devices
 from fdg_keras.slicing import cut_graph, trace_graph

@@ -10,7 +10,8 @@ import pytest
 import tensorflow as tf
 from keras import layers
 
-from fdg_keras.linearize import STASHES, Linearized, Pure, is_float
+from fdg_keras.crossing import STASHES
+from fdg_keras.linearize import Linearized, Pure, is_float
 
 CPU = "/job:localhost/replica:0/task:0/device:CPU:0"
 ROWS = tf.TensorSpec((None, 3))
