@@ -231,7 +231,7 @@ def check_corrections(
         if stash not in OF_THE_FORWARD:
             raise ValueError(
                 f"{correction!r} is about the weights of a batch's forward, "
-                f"which only `stash` in {OF_THE_FORWARD} keeps. Received: "
+                'which only `stash="exact"` and `"selective"` keep. Received: '
                 f"stash={stash!r}"
             )
         correction.check(optimizer)

@@ -34,7 +34,7 @@ MOVED_PER_BYTE = 16
 
 # Types of operations that hand on what they get under another name or shape:
 # the same memory.
-_VIEWS = _types(
+VIEWS = _types(
     """
     EnsureShape ExpandDims Identity IdentityN PreventGradient Reshape Snapshot
     Squeeze StopGradient
@@ -42,7 +42,7 @@ _VIEWS = _types(
 )
 
 # That read no elements, but only the shape or a few numbers.
-_SMALL = _types(
+SMALL = _types(
     """
     BroadcastArgs BroadcastGradientArgs Const Range Rank Shape ShapeN Size
     """
@@ -50,7 +50,7 @@ _SMALL = _types(
 
 # That pass through memory about once. Nothing here has a state, draws a random
 # number, calls a function, or fails where it has not failed before.
-_CHEAP = _types(
+CHEAP = _types(
     """
     Abs Acos Acosh Add AddN AddV2 All Any ApproximateEqual ArgMax ArgMin Asin
     Asinh Atan Atan2 Atanh AvgPool AvgPool3D BatchToSpaceND BiasAdd BroadcastTo
@@ -73,7 +73,7 @@ _CHEAP = _types(
 
 def owner(tensor: tf.Tensor) -> tf.Tensor:
     """Returns the tensor whose memory this one shares, maybe itself."""
-    while tensor.op.type in _VIEWS:
+    while tensor.op.type in VIEWS:
         index = tensor.value_index if tensor.op.type == "IdentityN" else 0
         tensor = tensor.op.inputs[index]
     return tensor
@@ -82,19 +82,21 @@ def owner(tensor: tf.Tensor) -> tf.Tensor:
 def moved(operation: tf.Operation, sizes: Mapping[str, int | None]) -> float:
     """Returns the bytes an operation reads and writes.
 
-    Infinite if it may not be run again: it is expensive, or of unknown size.
+    Infinite if it may not be run again: it is expensive, or it reads what is
+    of unknown size.
     """
-    if operation.type in _SMALL:
+    if operation.type in SMALL:
         return 0.0
-    if operation.type not in _CHEAP | _VIEWS:
+    if operation.type not in CHEAP | VIEWS:
         return math.inf
-    total = 0
-    for name in {t.name for t in [*operation.inputs, *operation.outputs]}:
-        size = sizes[name]
-        if size is None:
-            return math.inf
-        total += size
-    return 0.0 if operation.type in _VIEWS else float(total)
+    read = [sizes[name] for name in {t.name for t in operation.inputs}]
+    if None in read:
+        return math.inf
+    if operation.type in VIEWS:
+        return 0.0
+    # What has no size in spite of sized inputs is what cuDNN keeps for itself.
+    written = [sizes[t.name] for t in operation.outputs]
+    return float(sum(size or 0 for size in read + written))
 
 
 def cheapest(

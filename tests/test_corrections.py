@@ -241,7 +241,7 @@ def test_updates_of_several_batches(correction):
 
 @pytest.mark.parametrize("stash", ["current", "replay"])
 def test_other_stashes(stash):
-    with pytest.raises(ValueError, match='only `stash="exact"` keeps'):
+    with pytest.raises(ValueError, match='only `stash="exact"` and `"sel'):
         fdg_keras.Trainer(
             compiled(sgd()), 2, stash=stash, corrections=[WeightPrediction()]
         )
