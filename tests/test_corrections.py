@@ -247,6 +247,13 @@ def test_other_stashes(stash):
         )
 
 
+def test_selective_keeps_the_weights_of_the_forward():
+    corrections, _ = CORRECTIONS["all"]
+    found, _ = train("conv", sgd(), corrections, epochs=1, stash="selective")
+    wanted, _ = train("conv", sgd(), corrections, epochs=1)
+    assert_same_weights(found.model, wanted.model)
+
+
 @pytest.mark.parametrize("correction", ["prediction", WeightPrediction, 0.5])
 def test_what_is_no_correction(correction):
     with pytest.raises(ValueError, match="Expected `corrections` to be a list"):
