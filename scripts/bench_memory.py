@@ -78,7 +78,9 @@ def build(network: str, batch: int):
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         jit_compile=False,
     )
-    return model, tf.data.Dataset.from_tensors((x, y)).repeat()
+    # Samples put together anew: batches that share no memory.
+    data = tf.data.Dataset.from_tensor_slices((x, y)).repeat()
+    return model, data.batch(batch, drop_remainder=True)
 
 
 class Stages(bench_speed.Linked):
@@ -93,7 +95,6 @@ class Stages(bench_speed.Linked):
         self.looks = None
         with super().pipeline() as (pipeline, _):
             self.stages = pipeline.stages
-            self.lates = [loop.late for loop in pipeline.loops]
         self._resident = psutil.Process().memory_info().rss
 
     @contextlib.contextmanager
@@ -156,8 +157,13 @@ def measure(network, batch, splits, delay, stash, steps, rounds):
     grown = stages.grown()
     times = [1e3 * stages.run(steps) for _ in range(rounds)]
     found = [
-        _stage(stage, late, look, batch, stash)
-        for stage, late, look in zip(stages.stages, stages.lates, stages.looks)
+        _stage(
+            stage.stash_bytes(stash, batch),
+            look.late,
+            delays.in_flight(k, splits, delay, "forward_first"),
+            look.held,
+        )
+        for k, (stage, look) in enumerate(zip(stages.stages, stages.looks))
     ]
     return {
         "network": network,
@@ -176,13 +182,11 @@ def measure(network, batch, splits, delay, stash, steps, rounds):
     }
 
 
-def _stage(stage, late, look, batch, stash):
-    size = stage.stash_bytes(stash, batch)
-    # Of as many batches between ticks, all are from before the last update.
+def _stage(size, late, in_flight, held):
     return {
         "predicted_bytes": size.total(late, late),
-        "held_bytes": look.held,
-        "at_most_bytes": size.total(late + 1, late),
+        "held_bytes": held,
+        "at_most_bytes": size.total(in_flight, late),
         "batch_bytes": size.batch,
         "weights_bytes": size.weights,
     }

@@ -1,9 +1,11 @@
-"""The benchmark runs, and writes what it says. Its figures are not tested."""
+"""The benchmarks run, and write what they say. No times are tested."""
 
 import importlib.util
 import pathlib
 
 import pytest
+
+from fdg_keras.crossing import STASHES
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 KEYS = {
@@ -20,13 +22,30 @@ KEYS = {
 }
 
 
-@pytest.fixture
-def bench(monkeypatch):
-    path = ROOT / "scripts" / "bench_speed.py"
-    spec = importlib.util.spec_from_file_location("bench_speed", path)
+def load(name):
+    path = ROOT / "scripts" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    module = load("bench_speed")
     monkeypatch.setattr(module, "ROUND_S", 0.01)
+    return module
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    """The benchmark of memory, with a very small transformer."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    module = load("bench_memory")
+    for name, value in {"LENGTH": 8, "WIDTH": 16, "BLOCKS": 1}.items():
+        monkeypatch.setattr(module, name, value)
+    # Devices are there already.
+    monkeypatch.setattr(module, "configure", lambda splits: None)
     return module
 
 
@@ -39,3 +58,17 @@ def test_a_case(bench):
         assert sum(shares.values()) == pytest.approx(1.0, abs=0.05)
     assert len(case["rounds_ms"]["fdg"]) == 2
     assert "mlp (3)" in bench._row(case)
+
+
+@pytest.mark.parametrize("stash", STASHES)
+def test_bytes_are_as_predicted(memory, stash):
+    case = memory.measure("transformer", 4, 3, 2, stash, steps=2, rounds=1)
+    assert stash in memory._row(case)
+    for stage in case["stages"][:-1]:
+        # Constants that are the same share memory, small as they are.
+        assert stage["predicted_bytes"] == pytest.approx(
+            stage["held_bytes"], rel=0.1
+        )
+        assert stage["at_most_bytes"] > stage["predicted_bytes"] > 0
+    assert case["stages"][-1]["held_bytes"] == 0
+    assert case["step_ms"] > 0
