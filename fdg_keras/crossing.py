@@ -7,8 +7,8 @@ The stash mode decides where to cut:
 
     mode         kept for each batch in flight     weights of the backward
     "exact"      all crossing tensors              those of the forward
-    "selective"  what makes them at least bytes,   those of the forward
-                 with bounded extra work
+    "selective"  the fewest bytes that these are   those of the forward
+                 cheaply made of
     "current"    crossing activations              today's
     "replay"     the stage's inputs and state      today's, forward run again
 
