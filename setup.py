@@ -14,6 +14,7 @@ INSTALL_REQUIRES = [
     "keras>=3.15,<3.16",
     "absl-py>=2.1,<3",
     "numpy>=1.26,<3",
+    "scipy>=1.11,<2",
     "tensorboard>=2.20,<2.22",
 ]
 

@@ -17,6 +17,7 @@ import keras
 import tensorflow as tf
 
 from fdg_keras import _keras
+from fdg_keras.crossing import OF_THE_FORWARD
 
 
 class Correction:
@@ -138,7 +139,8 @@ class DelayCompensation(Correction):
 
     A first-order Taylor expansion with the diagonal of the outer product in
     place of the Hessian. Source: DC-ASGD (arXiv 1609.08326), equation 10.
-    Keeps the weights of each batch in flight; needs `stash="exact"`.
+    Keeps the weights of each batch in flight; needs a `stash` that
+    keeps them, `"exact"` or `"selective"`.
 
     Args:
         strength: lambda, not negative. The best value depends on the
@@ -227,10 +229,10 @@ def check_corrections(
                 "`fdg_keras.WeightPrediction()` and the like. Received: "
                 f"{correction!r}"
             )
-        if stash != "exact":
+        if stash not in OF_THE_FORWARD:
             raise ValueError(
                 f"{correction!r} is about the weights of a batch's forward, "
-                'which only `stash="exact"` keeps. Received: '
+                'which only `stash="exact"` and `"selective"` keep. Received: '
                 f"stash={stash!r}"
             )
         correction.check(optimizer)

@@ -55,6 +55,16 @@ def staleness(stage: int, splits: int, delay: int, order: Order) -> int:
     return max(late - 1, 0) if order == "update_first" else late
 
 
+def in_flight(stage: int, splits: int, delay: int, order: Order) -> int:
+    """Returns how many batches a stage keeps at most, from F(b) to B(b).
+
+    It is d_k + 1 for `"forward_first"`, between F and B of a tick. For
+    `"update_first"` it is d_k, but 1 without a delay.
+    """
+    late = stage_delay(stage, splits, delay)
+    return max(late, 1) if order == "update_first" else late + 1
+
+
 def link_capacity(delay: int) -> int:
     """Returns the capacity of a link, in batches, in either direction.
 

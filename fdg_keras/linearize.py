@@ -1,29 +1,20 @@
 """From a pure stage to a forward, a backward, and what lies between them.
 
 A pure stage is a function `(weights, state, inputs) -> outputs`. It is traced
-once, together with its gradient, into one graph. Every tensor that a gradient
-operation reads and a forward operation made crosses from the forward to the
-backward: cutting the graph at a set of such tensors gives two functions, and
-the tensors of that set are the stash. The stash mode decides where to cut:
-
-    mode        kept for each batch in flight     weights of the backward
-    "exact"     all crossing tensors              those of the forward
-    "current"   crossing activations              today's
-    "replay"    the stage's inputs and state      today's, forward run again
+once, together with its gradient, into one graph, and that is cut into two
+functions. What one hands to the other is the stash; see `crossing`.
 
 Knows nothing of Keras or of threads.
 """
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import tensorflow as tf
 
-from fdg_keras.subgraphs import ancestors, extract
-
-Stash = Literal["exact", "current", "replay"]
-STASHES = ("exact", "current", "replay")
+from fdg_keras.crossing import OF_THE_FORWARD, Crossing, Stash, StashBytes
+from fdg_keras.subgraphs import extract
 
 
 @dataclass
@@ -70,6 +61,7 @@ class Linearized:
     ):
         self._device = device
         self._jit_compile = jit_compile
+        self._crossing: Crossing | None = None
 
         def trace(weights: list, state: list, inputs: list) -> list:
             tape = tf.GradientTape()
@@ -136,7 +128,16 @@ class Linearized:
         ]
         if not any(fetches):
             return self.forward_only()
-        kept = self._kept(fetches, stash)
+        crossing = self._crossing = Crossing(
+            self._wrapped.graph,
+            self._forward_operations,
+            weights,
+            state,
+            inputs,
+            fetches,
+            self._constant(by_weights),
+        )
+        kept = crossing.kept(stash)
         if any(t.dtype == tf.variant for t in kept):
             # XLA cannot hand out what a loop keeps for its gradient.
             self._jit_compile = False
@@ -144,7 +145,7 @@ class Linearized:
         position = {t.name: i for i, t in enumerate(arguments)}
         stash_arguments = [position.get(t.name) for t in kept]
         made = [t for t in kept if t.name not in position]
-        fed_anew = list(weights) if stash != "exact" else []
+        fed_anew = [] if stash in OF_THE_FORWARD else list(weights)
         return Cut(
             forward=self._prune_forward(made),
             changed_state=self._changed_state,
@@ -152,7 +153,7 @@ class Linearized:
                 [*given, *kept, *fed_anew],
                 fetches,
                 name="backward",
-                past=self._forward_operations,
+                past=crossing.forward,
             ),
             stash_specs=[tf.TensorSpec(t.shape, t.dtype) for t in kept],
             stash_arguments=stash_arguments,
@@ -165,6 +166,20 @@ class Linearized:
             weight_has_gradient=[g is not None for g in by_weights],
             input_has_gradient=[g is not None for g in by_inputs],
         )
+
+    def stash_bytes(self, stash: Stash, batch_size: int) -> StashBytes:
+        """Returns how many bytes the stash of any mode takes, after `cut`."""
+        if self._crossing is None:
+            return StashBytes(0, 0)
+        return self._crossing.stash_bytes(stash, batch_size)
+
+    def _constant(self, by_weights: list) -> set[str]:
+        """Returns the names of arguments that training does not change."""
+        weights, state, _ = self._arguments
+        changed = [state[i].name for i in self._changed_state]
+        return {t.name for t in state} - {*changed} | {
+            t.name for t, g in zip(weights, by_weights) if g is None
+        }
 
     def _prune_forward(self, made: list[tf.Tensor]) -> Callable[..., Any]:
         weights, state, inputs = self._arguments
@@ -227,51 +242,6 @@ class Linearized:
             for t, ask in zip(inputs, wanted)
         ]
         return given, gradients[: len(weights)], by_inputs
-
-    def _kept(self, fetches: Any, stash: Stash) -> list[tf.Tensor]:
-        """Returns the tensors to stash, in a fixed order."""
-        weights, state, inputs = self._arguments
-        if stash == "replay":
-            cut = {t.name for t in [*state, *inputs]}
-            cut |= {
-                t.name
-                for op in self._wrapped.graph.get_operations()
-                if op.name in self._forward_operations and op.op_def.is_stateful
-                for t in op.outputs
-            }
-        else:
-            cut = self._crossing(free=weights if stash == "current" else [])
-        kept, _ = ancestors(
-            tf.nest.flatten(fetches, expand_composites=True),
-            cut,
-            past=self._forward_operations,
-        )
-        return kept
-
-    def _crossing(self, free: Sequence[tf.Tensor]) -> set[str]:
-        """Returns the names of the forward's tensors the backward reads.
-
-        Tensors that depend on nothing but constants and on `free` arguments
-        are left out: the backward computes them itself. What a stateful
-        operation made (a random number, say) is not: it would make another.
-        """
-        arguments = {t.name for group in self._arguments for t in group}
-        fixed = arguments - {t.name for t in free}
-        varies: dict[str, bool] = {}
-        operations = self._wrapped.graph.get_operations()
-        for op in operations:  # in topological order
-            varies[op.name] = (
-                op.op_def.is_stateful
-                or any(t.name in fixed for t in op.outputs)
-                or any(varies[t.op.name] for t in op.inputs)
-            )
-        return {
-            t.name
-            for op in operations
-            if op.name not in self._forward_operations
-            for t in op.inputs
-            if t.op.name in self._forward_operations and varies[t.op.name]
-        }
 
 
 @dataclass

@@ -13,7 +13,7 @@ import tensorflow as tf
 from fdg_keras import delays
 from fdg_keras.balancing import best_ends
 from fdg_keras.costs import crossing
-from fdg_keras.linearize import Stash
+from fdg_keras.crossing import OF_THE_FORWARD, Stash
 from fdg_keras.plans import StagePlan
 from fdg_keras.profiles import Profile
 from fdg_keras.profiling import batch_spec, needs_gradient, size_of
@@ -160,7 +160,7 @@ class Ledger:
             `[nodes]`, by its last node; nothing before `start`.
         """
         weights = _since(self.weights, start)
-        copies = 2.0 + self._slots + (late if self._stash == "exact" else 0)
+        copies = 2.0 + self._slots + (late if self._stash in OF_THE_FORWARD else 0)
         links = delays.link_capacity(self._delay) * self.returned
         if start:
             links = links + (

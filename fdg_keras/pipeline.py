@@ -11,9 +11,9 @@ import tensorflow as tf
 
 from fdg_keras import _keras, delays
 from fdg_keras.corrections import Correction
+from fdg_keras.crossing import Stash
 from fdg_keras.data import Feed, Spec
 from fdg_keras.delays import Order
-from fdg_keras.linearize import Stash
 from fdg_keras.links import Link, Ports
 from fdg_keras.loops import Loop
 from fdg_keras.objective import Objective
@@ -114,11 +114,23 @@ class Pipeline:
             upstream = self.stages[: stage.index]
             has_gradient = stage.cut(
                 has_gradient,
-                self._settings.stash if self._settings else "exact",
+                self._stash(stage),
                 input_gradients=any(s.weights for s in upstream),
             )
             found.insert(0, has_gradient)
         return found[1:]
+
+    def _stash(self, stage: Stage) -> Stash:
+        """Returns what a stage keeps from a forward to its backward."""
+        settings = self._settings
+        if settings is None:
+            return "exact"
+        late = delays.stage_delay(stage.index, len(self.stages), settings.delay)
+        # Where B follows F in the same tick, running operations again would
+        # save nothing.
+        if settings.stash == "selective" and not late:
+            return "exact"
+        return settings.stash
 
     def _gradients_of_loss(self, boundary: Boundary) -> list[bool]:
         """Returns which outputs the compiled loss depends on."""

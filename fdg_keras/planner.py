@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from fdg_keras.linearize import STASHES, Stash
+from fdg_keras.crossing import STASHES, Stash
 from fdg_keras.memory import Ledger, Room
 from fdg_keras.optimizers import check_optimizer
 from fdg_keras.placement import host_of, resolve_devices

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from fdg_keras.schedules import Delayed, Schedule, check_whole
 
-Stash = Literal["exact", "current", "replay"]
-STASHES = ("exact", "current", "replay")
+Stash = Literal["exact", "selective", "current", "replay"]
+STASHES = ("exact", "selective", "current", "replay")
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,7 @@ def peak_bytes(
     a 1/M of the batch,
 
         "exact"     n / M * stash + (versions - 1) * weights
+        "selective" the same, of a smaller `stash`
         "current"   n / M * stash
         "replay"    n / M * inputs + 1 / M * stash
 
@@ -115,7 +116,7 @@ def peak_bytes(
             total += kept * cost.inputs + unit * cost.stash
         else:
             total += kept * cost.stash
-        if stash == "exact":
+        if stash in ("exact", "selective"):
             total += (schedule.versions(k, count) - 1) * cost.weights
         found.append(total)
     return found

@@ -13,7 +13,8 @@ import keras
 import tensorflow as tf
 
 from fdg_keras import _keras
-from fdg_keras.linearize import Cut, Linearized, Pure, Stash
+from fdg_keras.crossing import Stash, StashBytes
+from fdg_keras.linearize import Cut, Linearized, Pure
 from fdg_keras.slicing import Slice
 
 
@@ -192,6 +193,15 @@ class Stage:
         total = feeds + values + masks + logits
         found = self.pair.input_has_gradient or [False] * total
         return incoming.floating(found[feeds:])
+
+    def stash_bytes(self, stash: Stash, batch_size: int) -> StashBytes:
+        """Returns how many bytes the stash of any mode takes, after `cut`.
+
+        Args:
+            stash: What is kept; it need not be what the stage was cut for.
+            batch_size: Samples of a batch.
+        """
+        return self._linearized.stash_bytes(stash, batch_size)
 
     @property
     def has_backward(self) -> bool:

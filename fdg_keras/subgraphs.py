@@ -9,6 +9,9 @@ from typing import Any
 
 import tensorflow as tf
 
+# Types that do not say how much memory they hold.
+_UNSIZED = (tf.variant, tf.string, tf.resource)
+
 
 def extract(
     graph: Any,
@@ -97,6 +100,61 @@ def ancestors(
                 and not any(t.name in stop for t in before.outputs)
             )
     return list(reached.values()), seen
+
+
+def tensor_bytes(
+    graph: Any,
+    feeds: Sequence[tf.Tensor],
+    operations: Sequence[tf.Operation],
+    batch_size: int,
+) -> dict[str, int | None]:
+    """Returns how many bytes the tensors take that operations make.
+
+    Shapes are inferred anew, for feeds of a known size. Dimensions that are
+    still unknown, as those that a `while` says its results have, are taken for
+    the batch's.
+
+    Args:
+        graph: A `FuncGraph`.
+        feeds: Arguments, tensors of the graph.
+        operations: Of the graph. What they are made of is sized, too.
+        batch_size: For unknown dimensions.
+
+    Returns:
+        Bytes by the tensor's name; `None` where the rank is unknown, or for
+        types that do not say what they hold (`variant`, strings, resources).
+    """
+    outputs = [t for op in operations for t in op.outputs]
+    _, behind = ancestors(outputs, {t.name for t in feeds}, ())
+    definition, read = _part(graph.as_graph_def(), behind)
+    with tf.Graph().as_default() as sized:
+        given = {
+            t.name: tf.compat.v1.placeholder(
+                t.dtype, _filled(t.shape, batch_size), t.op.name
+            )
+            for t in feeds
+        }
+        known = {name: t for name, t in given.items() if name in read}
+        tf.graph_util.import_graph_def(definition, known, name="")
+    return {
+        t.name: _bytes(t, batch_size)
+        for op in sized.get_operations()
+        for t in op.outputs
+    }
+
+
+def _bytes(tensor: tf.Tensor, batch_size: int) -> int | None:
+    if tensor.dtype in _UNSIZED or tensor.shape.rank is None:
+        return None
+    shape = _filled(tensor.shape, batch_size)
+    return shape.num_elements() * tensor.dtype.size
+
+
+def _filled(shape: tf.TensorShape, batch_size: int) -> tf.TensorShape:
+    """Returns a shape with a size in place of what is unknown."""
+    if shape.rank is None:
+        return shape
+    return tf.TensorShape([batch_size if d is None else d for d in shape])
 
 
 def _part(definition: Any, operations: Collection[str]) -> tuple[Any, set[str]]:

@@ -7,11 +7,11 @@ import keras
 
 from fdg_keras import _keras, passes, planning, transforms
 from fdg_keras.corrections import Correction, check_corrections
+from fdg_keras.crossing import Stash
 from fdg_keras.data import Batches, build_for, validation_batches
 from fdg_keras.delays import Order
 from fdg_keras.deployment import Deployment, check_idle
 from fdg_keras.hooks import Hooks, ask_for_probes, capped_epochs
-from fdg_keras.linearize import Stash
 from fdg_keras.pipeline import Settings
 from fdg_keras.placement import resolve_devices
 from fdg_keras.plans import Plan
@@ -60,10 +60,12 @@ class Trainer:
             or a `GradientTransformer`. Default 1, no shrinking.
         stash: What a stage keeps of a batch from its forward to its backward.
             `"exact"` (default) keeps what makes the backward that of the
-            forward's weights: the paper's equation. `"current"` keeps only
-            activations and uses today's weights. `"replay"` keeps the stage's
-            inputs and runs the forward again, with today's weights: the least
-            memory.
+            forward's weights: the paper's equation. `"selective"` computes
+            the same, keeps of it what is expensive, such as the outputs of
+            convolutions, and runs what is cheap again (see `recompute`).
+            `"current"` keeps only activations and uses today's weights.
+            `"replay"` keeps the stage's inputs and runs the forward again,
+            with today's weights: the least memory.
         order: `"forward_first"` (default) runs, at each tick, the forward of
             a batch and then the backward and update of an earlier one, as the
             paper's text does. `"update_first"` does it the other way round,
@@ -74,8 +76,9 @@ class Trainer:
         emulate: Train on one device, the first, one stage after the other:
             the same training as on K devices at the cost of back-propagation,
             to choose K, delay and shrink before there is a second device.
-            Needs `stash="exact"`. A model compiled with `run_eagerly=True` is
-            trained so in any case, eagerly and in the caller's thread.
+            Needs `stash="exact"` or `"selective"`. A model compiled with
+            `run_eagerly=True` is trained so in any case, eagerly and in the
+            caller's thread.
 
     Attributes:
         model: The model.

@@ -6,8 +6,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from fdg_keras.crossing import OF_THE_FORWARD, STASHES
 from fdg_keras.delays import ORDERS
-from fdg_keras.linearize import STASHES
 from fdg_keras.optimizers import (
     check_optimizer,
     check_precision,
@@ -90,11 +90,11 @@ def check_emulation(model: keras.Model, emulate: bool, stash: str) -> None:
     Raises:
         ValueError: If they keep something else than the forward's weights.
     """
-    if stash != "exact" and (emulate or model.run_eagerly):
+    if stash not in OF_THE_FORWARD and (emulate or model.run_eagerly):
         what = "`emulate=True`" if emulate else "`run_eagerly=True`"
         raise ValueError(
             f"{what} runs the backward of a batch at once, with the weights of "
-            'its forward. Expected `stash="exact"`. Received: '
+            'its forward. Expected `stash="exact"` or `"selective"`. Received: '
             f"stash={stash!r}"
         )
 

@@ -63,8 +63,8 @@ class Timed(PipelineMonitor):
 def measure(name, hidden, batch, rounds):
     """Measures one case; returns an entry of the JSON file."""
     variants = {
-        "plain": bench_speed.Linked(name, hidden, batch, SPLITS, delay=2),
-        "watched": Watched(name, hidden, batch, SPLITS, delay=2),
+        key: kind(bench_speed.build(name, hidden, batch), SPLITS, delay=2)
+        for key, kind in (("plain", bench_speed.Linked), ("watched", Watched))
     }
     for variant in variants.values():
         variant.run(8)  # the first run initializes kernels

@@ -81,10 +81,14 @@ def _tick(loop, steps):
 
 def measure(name, hidden, batch, splits, rounds):
     """Measures stages of one number; returns entries of the JSON file."""
-    watched = Watched(name, hidden, batch, splits, max(DELAYS))
+    watched = Watched(
+        bench_speed.build(name, hidden, batch), splits, max(DELAYS)
+    )
     alone = Alone(watched, batch)
     linked = {
-        delay: bench_speed.Linked(name, hidden, batch, splits, delay)
+        delay: bench_speed.Linked(
+            bench_speed.build(name, hidden, batch), splits, delay
+        )
         for delay in DELAYS
     }
     alone.run(8)  # the first run initializes kernels

@@ -353,7 +353,8 @@ def test_shrinking(shrink):
 @pytest.mark.parametrize("stash", ["all", None, 1])
 def test_stashes(stash):
     message = (
-        r"`stash` to be one of \('exact', 'current', 'replay'\)\. Received"
+        r"`stash` to be one of \('exact', 'selective', 'current', 'replay'\)\. "
+        "Received"
     )
     with pytest.raises(ValueError, match=message):
         make_trainer(stash=stash)

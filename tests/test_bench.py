@@ -5,6 +5,8 @@ import pathlib
 
 import pytest
 
+from fdg_keras.crossing import STASHES
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 KEYS = {
     "model",
@@ -26,6 +28,18 @@ def bench(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     module = importlib.import_module("bench_speed")
     monkeypatch.setattr(module, "ROUND_S", 0.01)
+    return module
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    """The benchmark of memory, with a very small transformer."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    module = importlib.import_module("bench_memory")
+    for name, value in {"LENGTH": 8, "WIDTH": 16, "BLOCKS": 1}.items():
+        monkeypatch.setattr(module, name, value)
+    # Devices are there already.
+    monkeypatch.setattr(module, "configure", lambda splits: None)
     return module
 
 
@@ -51,3 +65,17 @@ def test_a_case_of_the_simulation():
         assert case["measured_ms"] > 0
         assert len(case["ratios"]) == 2
         assert "mlp (3)" in script._row(case)
+
+
+@pytest.mark.parametrize("stash", STASHES)
+def test_bytes_are_as_predicted(memory, stash):
+    case = memory.measure("transformer", 4, 3, 2, stash, steps=2, rounds=1)
+    assert stash in memory._row(case)
+    for stage in case["stages"][:-1]:
+        # Constants that are the same share memory, small as they are.
+        assert stage["predicted_bytes"] == pytest.approx(
+            stage["held_bytes"], rel=0.1
+        )
+        assert stage["at_most_bytes"] > stage["predicted_bytes"] > 0
+    assert case["stages"][-1]["held_bytes"] == 0
+    assert case["step_ms"] > 0

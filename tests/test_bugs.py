@@ -12,6 +12,7 @@ import pytest
 import tensorflow as tf
 
 import fdg_keras
+from fdg_keras.crossing import STASHES
 from fdg_keras.linearize import Linearized, Pure
 from fdg_keras.links import Link
 from fdg_keras.slicing import trace_graph
@@ -237,7 +238,7 @@ def test_an_interrupt_while_threads_start_hangs_nobody(monkeypatch):
     quiet_fit(trainer)
 
 
-@pytest.mark.parametrize("stash", ["exact", "current", "replay"])
+@pytest.mark.parametrize("stash", STASHES)
 def test_a_random_number_is_drawn_once(stash):
     """Without an argument it depended on none, and was drawn again."""
 
@@ -390,7 +391,7 @@ def test_a_py_dataset_that_shuffles_has_the_order_of_model_fit():
     assert orders[0] == orders[1]
 
 
-@pytest.mark.parametrize("stash", ["exact", "current", "replay"])
+@pytest.mark.parametrize("stash", STASHES)
 def test_there_is_no_gradient_through_state_that_was_assigned(stash):
     """A layer that reads its running mean anew had another gradient.
 

@@ -255,10 +255,17 @@ def test_updates_of_several_batches(correction):
 
 @pytest.mark.parametrize("stash", ["current", "replay"])
 def test_other_stashes(stash):
-    with pytest.raises(ValueError, match='only `stash="exact"` keeps'):
+    with pytest.raises(ValueError, match='only `stash="exact"` and `"sel'):
         fdg_keras.Trainer(
             compiled(sgd()), 2, stash=stash, corrections=[WeightPrediction()]
         )
+
+
+def test_selective_keeps_the_weights_of_the_forward():
+    corrections, _ = CORRECTIONS["all"]
+    found, _ = train("conv", sgd(), corrections, epochs=1, stash="selective")
+    wanted, _ = train("conv", sgd(), corrections, epochs=1)
+    assert_same_weights(found.model, wanted.model)
 
 
 @pytest.mark.parametrize("correction", ["prediction", WeightPrediction, 0.5])

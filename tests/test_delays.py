@@ -89,6 +89,15 @@ def test_staleness(order, expected):
 
 
 @pytest.mark.parametrize(
+    ("order", "expected"),
+    [("forward_first", [5, 3, 1]), ("update_first", [4, 2, 1])],
+)
+def test_batches_in_flight(order, expected):
+    assert [delays.in_flight(k, 3, 2, order) for k in range(3)] == expected
+    assert delays.in_flight(0, 3, 0, order) == 1
+
+
+@pytest.mark.parametrize(
     ("start", "stop", "late", "last", "expected"),
     [
         (0, 10, 4, True, Turns(fill=4, steady=6, drain=4)),
@@ -196,6 +205,17 @@ def test_staleness_counts_updates_between_forward_and_backward(
         updates = sum(kind == "B" for kind, _ in events[forward:backward])
         # At the start there are fewer batches to be late by.
         assert updates == min(stale, batch)
+
+
+@given(windows_of_a_stream, stages(), orders)
+def test_no_stage_keeps_more_than_the_batches_in_flight(windows, stage, order):
+    events = run_stage(windows, delays.stage_delay(*stage), order)
+    kept = [
+        sum(1 if kind == "F" else -1 for kind, _ in events[: i + 1])
+        for i in range(len(events))
+    ]
+    most = delays.in_flight(*stage, order)
+    assert max(kept, default=0) == min(most, sum(windows))
 
 
 @given(windows_of_a_stream, stages())

@@ -189,6 +189,19 @@ def test_devices_that_are_simulated(tmp_path):
     assert plot.read_text().count("<polyline") == 7
 
 
+def test_bytes_are_those_that_were_measured():
+    results = (ROOT / "docs" / "results" / "memory.json").read_text()
+    cases = json.loads(results)["cases"]
+    for case in cases:
+        predicted, held = case["predicted_bytes"], case["held_bytes"]
+        assert predicted == pytest.approx(held, rel=0.01)
+        mib = [case[f"{key}_bytes"] / 2**20 for key in ("held", "at_most")]
+        row = [case["network"], f"`{case['stash']!r}`", *map(round, mib)]
+        line = "| " + " | ".join(map(str, row)).replace("'", '"') + " |"
+        assert line in PAGES["how_it_works.md"]
+    assert len(cases) == 8
+
+
 def reported(dataset, network, run):
     """Returns what `trainers.paper` knows of a run, as a page has it."""
     recipe = recipes.Recipe(dataset=dataset, model=network)

@@ -224,6 +224,11 @@ def test_other_stashes_are_refused(kind, stash):
         train("mlp", kind, stash=stash)
 
 
+def test_selective_is_as_exact():
+    """Nothing is kept here, and the numbers are the same."""
+    assert_same(train("mlp", "emulate", stash="selective"), train("mlp"))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_batch_hooks(kind):
     """One call for each batch."""

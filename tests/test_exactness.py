@@ -283,6 +283,7 @@ def test_two_fits_are_one_of_two_epochs():
         ("conv", "exact"),
         ("lstm", "exact"),
         ("attention", "exact"),
+        ("attention", "selective"),
         ("attention", "current"),
         ("attention", "replay"),
     ],
@@ -360,10 +361,54 @@ def test_replay_equals_the_reference(name, setting):
     )
 
 
+def _selective(name):
+    """Trains a case both ways; returns the models."""
+    fitted = []
+    for stash in ("exact", "selective"):
+        case = zoo.ZOO[name]()
+        trainer = make_trainer(case, 3, _momentum(), stash=stash, shrink=0.5)
+        fit(trainer, case)
+        fitted.append(case.model)
+    return fitted
+
+
+@pytest.mark.parametrize(
+    "name", ["conv", "lstm", "attention", "unet", "two_inputs", "integers"]
+)
+def test_selective_equals_exact(name):
+    """The same operations on the same numbers, but some of them twice."""
+    assert_same_weights(*_selective(name))
+
+
+def test_selective_equals_exact_in_mixed_bfloat16():
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        assert_same_weights(*_selective("conv"))
+    finally:
+        keras.config.set_dtype_policy("float32")
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    settings(["mlp", "attention"], (2, 4), (1, 2), *RULES),
+    ids=str,
+)
+def test_selective_equals_the_reference(name, setting):
+    case, expected = zoo.ZOO[name](), zoo.ZOO[name]()
+    optimizer = setting.make_optimizer()
+    trainer = make_trainer(
+        case, setting.K, optimizer, stash="selective", **setting.rule
+    )
+    fit(trainer, case)
+    refer(expected, trainer, setting.make_optimizer(), **setting.rule)
+    assert_same_weights(case.model, expected.model)
+
+
 @pytest.mark.parametrize(
     ("name", "stash"),
     [
         ("attention", "current"),
+        ("conv", "selective"),
         ("conv", "current"),
         ("lstm", "current"),
         ("two_inputs", "replay"),

@@ -10,7 +10,8 @@ import pytest
 import tensorflow as tf
 from keras import layers
 
-from fdg_keras.linearize import STASHES, Linearized, Pure, is_float
+from fdg_keras.crossing import OF_THE_FORWARD, STASHES
+from fdg_keras.linearize import Linearized, Pure, is_float
 
 CPU = "/job:localhost/replica:0/task:0/device:CPU:0"
 ROWS = tf.TensorSpec((None, 3))
@@ -129,11 +130,12 @@ def differ(found, wanted):
     return any(np.max(np.abs(a - b)) > 0.01 for a, b in pairs)
 
 
+@pytest.mark.parametrize("stash", OF_THE_FORWARD)
 @pytest.mark.parametrize("name", MODELS)
-def test_exact_is_the_gradient_at_the_weights_of_the_forward(name):
+def test_exact_is_the_gradient_at_the_weights_of_the_forward(name, stash):
     stage = Stage.of(name)
     then, now = stage.weights, change(stage.weights)
-    given, found = cut_gradients(stage, "exact", then, now)
+    given, found = cut_gradients(stage, stash, then, now)
     assert_equal(found, stage.gradients(then, given))
     # The weights do matter, or this would show nothing.
     assert differ(found, stage.gradients(now, given))

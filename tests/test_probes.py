@@ -160,6 +160,18 @@ def test_norms_and_drift(stash, order, delay):
     assert stages[-1].gradients_waiting is None
 
 
+def test_selective_measures_what_exact_does():
+    found, wanted = Watch(), Watch()
+    for watch, stash in ((found, "selective"), (wanted, "exact")):
+        train(37, watch, stash=stash)
+    for one, other in zip(found.epochs[0], wanted.epochs[0], strict=True):
+        for name in ("drift", "gradient_norm", "staleness"):
+            value = getattr(other, name)
+            if value is not None:  # There is none in the last stage.
+                value = pytest.approx(value, 1e-5)
+            assert getattr(one, name) == value, name
+
+
 def test_samples_are_fewer_the_later_a_stage_is():
     """Else the next sample's weights would take the place of the last's."""
     watch = Watch()

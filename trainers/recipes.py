@@ -21,8 +21,8 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 import fdg_keras
+from fdg_keras.crossing import Stash
 from fdg_keras.delays import Order
-from fdg_keras.linearize import Stash
 from trainers import datasets, local_losses, models
 from trainers.callbacks import EpochTimer, Keep
 from trainers.run_folder import RunFolder

@@ -7,6 +7,7 @@ from typing import Any
 import tensorflow as tf
 from absl import flags
 
+from fdg_keras.crossing import STASHES
 from trainers import datasets, models, recipes
 
 FLAGS = flags.FLAGS
@@ -32,8 +33,10 @@ def define_stages() -> None:
     flags.DEFINE_enum(
         "stash",
         "exact",
-        ["exact", "current", "replay"],
-        "What a stage keeps of a forward until its backward.",
+        list(STASHES),
+        "What a stage keeps of a forward until its backward: all it needs; "
+        "what of that is expensive to compute; activations, but no weights; "
+        "inputs.",
     )
     flags.DEFINE_enum(
         "order",

@@ -1,0 +1,252 @@
+"""What the stages keep in flight: bytes predicted and measured, and the time.
+
+    .venv/bin/python scripts/bench_memory.py --json memory.json  (5 minutes)
+    .venv/bin/python scripts/bench_memory.py --network transformer --steps 8
+
+Prints, for each network and stash mode, each in a process of its own:
+
+    predicted  MiB that wait in the stashes of all stages between two ticks,
+               from shapes alone (`Stage.stash_bytes`)
+    held       MiB found there: the memory behind the tensors that were
+               dequeued, each piece once, without the weights of today
+    ratio      predicted / held
+    at most    MiB predicted for the moment between F and B of a tick
+    grown      MiB by which the process' resident memory has grown since the
+               stages were compiled: `held` and all that a tick works with
+    step       milliseconds per step with all stages busy (median of the rounds)
+
+`--json` has all that for each stage, too. Devices and threads as in
+`bench_speed.py`.
+"""
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import statistics
+from pathlib import Path
+
+import bench_speed
+import keras
+import numpy as np
+import psutil
+import tensorflow as tf
+
+from fdg_keras import Trainer, delays
+from fdg_keras.crossing import STASHES
+from trainers import models
+
+NETWORKS = ("resnet56", "transformer")
+MIB = 2**20
+
+# Of the transformer.
+LENGTH, WIDTH, HEADS, BLOCKS, WORDS = 64, 128, 4, 4, 1000
+
+
+def transformer():
+    """Returns a language model with dropout."""
+    inputs = keras.Input((LENGTH,), dtype="int32")
+    h = keras.layers.Embedding(WORDS, WIDTH)(inputs)
+    for _ in range(BLOCKS):
+        a = keras.layers.LayerNormalization()(h)
+        a = keras.layers.MultiHeadAttention(HEADS, WIDTH // HEADS, dropout=0.1)(
+            a, a, use_causal_mask=True
+        )
+        h = keras.layers.Add()([h, a])
+        f = keras.layers.LayerNormalization()(h)
+        f = keras.layers.Dense(4 * WIDTH, "gelu")(f)
+        f = keras.layers.Dropout(0.1)(keras.layers.Dense(WIDTH)(f))
+        h = keras.layers.Add()([h, f])
+    h = keras.layers.LayerNormalization()(h)
+    return keras.Model(inputs, keras.layers.Dense(WORDS)(h))
+
+
+def build(network: str, batch: int):
+    """Returns a compiled model and an endless data set of one batch."""
+    keras.utils.set_random_seed(1)
+    random = np.random.RandomState(1)
+    if network == "transformer":
+        model = transformer()
+        x = random.randint(0, WORDS, (batch, LENGTH))
+        y = random.randint(0, WORDS, (batch, LENGTH))
+    else:
+        model = models.build(network)
+        x = random.randn(batch, *model.input_shape[1:]).astype("float32")
+        y = random.randint(0, 10, batch)
+    model.compile(
+        keras.optimizers.SGD(0.01, momentum=0.9),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        jit_compile=False,
+    )
+    # Samples put together anew: batches that share no memory.
+    data = tf.data.Dataset.from_tensor_slices((x, y)).repeat()
+    return model, data.batch(batch, drop_remainder=True)
+
+
+class Stages(bench_speed.Linked):
+    """The stages as they train, looked into before they drain."""
+
+    def __init__(self, network, batch, splits, delay, stash):
+        self._model, self._data = build(network, batch)
+        devices = [f"CPU:{k}" for k in range(splits)]
+        self.trainer = Trainer(self._model, splits, devices, delay, stash=stash)
+        self._late = delays.stage_delay(0, splits, delay)
+        self.usage = []
+        self.looks = None
+        with super().pipeline() as (pipeline, _):
+            self.stages = pipeline.stages
+        self._resident = psutil.Process().memory_info().rss
+
+    @contextlib.contextmanager
+    def pipeline(self):
+        """Opens the trainer's pipeline, with its variables in place."""
+        with super().pipeline() as (pipeline, batches):
+            loops = pipeline.loops
+            pipeline.loops = self.looks = [Looked(loop) for loop in loops]
+            try:
+                yield pipeline, batches
+            finally:
+                pipeline.loops = loops
+
+    def grown(self):
+        """Bytes of resident memory when the first stage began to drain."""
+        return self.looks[0].resident - self._resident
+
+
+class Looked:
+    """A loop that looks at what it has stashed before it drains."""
+
+    def __init__(self, loop):
+        self._loop = loop
+        self.held = self.resident = 0
+
+    def __call__(self, fill, steady, drain, learning_rate):
+        report = self._loop(fill, steady, 0, learning_rate)
+        if drain:
+            self.resident = psutil.Process().memory_info().rss
+            self.held = self._look()
+            self._loop(0, 0, drain, learning_rate)
+        return report
+
+    def __getattr__(self, name):
+        return getattr(self._loop, name)
+
+    def _look(self):
+        stash = self._loop._stash
+        batches = [stash.dequeue() for _ in range(self._loop.late)]
+        for batch in batches:
+            stash.enqueue(batch)
+        today = dict(map(memory, self._loop.update.weights()))
+        pieces = dict(memory(t) for batch in batches for t in batch)
+        return sum(size for at, size in pieces.items() if at not in today)
+
+
+def memory(tensor):
+    """Returns where a tensor is in memory, and how many bytes it takes."""
+    if tensor.dtype == tf.bfloat16:  # NumPy cannot look into it.
+        tensor = tf.bitcast(tensor, tf.uint16)
+    array = np.asarray(memoryview(tensor))
+    return array.__array_interface__["data"][0], array.nbytes
+
+
+def measure(network, batch, splits, delay, stash, steps, rounds):
+    """Measures one mode; returns an entry of the JSON file."""
+    configure(splits)
+    stages = Stages(network, batch, splits, delay, stash)
+    stages.run(steps)  # the first run initializes kernels
+    grown = stages.grown()
+    times = [1e3 * stages.run(steps) for _ in range(rounds)]
+    found = [
+        _stage(
+            stage.stash_bytes(stash, batch),
+            look.late,
+            delays.in_flight(k, splits, delay, "forward_first"),
+            look.held,
+        )
+        for k, (stage, look) in enumerate(zip(stages.stages, stages.looks))
+    ]
+    return {
+        "network": network,
+        "batch": batch,
+        "K": splits,
+        "delay": delay,
+        "stash": stash,
+        **{
+            key: sum(stage[key] for stage in found)
+            for key in ("predicted_bytes", "held_bytes", "at_most_bytes")
+        },
+        "grown_bytes": grown,
+        "step_ms": statistics.median(times),
+        "rounds_ms": times,
+        "stages": found,
+    }
+
+
+def _stage(size, late, in_flight, held):
+    return {
+        "predicted_bytes": size.total(late, late),
+        "held_bytes": held,
+        "at_most_bytes": size.total(in_flight, late),
+        "batch_bytes": size.batch,
+        "weights_bytes": size.weights,
+    }
+
+
+def configure(splits):
+    """Makes logical CPUs of one thread each."""
+    tf.config.threading.set_intra_op_parallelism_threads(1)
+    tf.config.set_visible_devices([], "GPU")
+    tf.config.set_logical_device_configuration(
+        tf.config.list_physical_devices("CPU")[0],
+        [tf.config.LogicalDeviceConfiguration()] * splits,
+    )
+
+
+def _row(case):
+    mib = {k: v / MIB for k, v in case.items() if k.endswith("_bytes")}
+    ratio = case["predicted_bytes"] / max(case["held_bytes"], 1)
+    return (
+        f"{case['network']:<12}{case['stash']:<10}"
+        f"{mib['predicted_bytes']:>10.1f}{mib['held_bytes']:>10.1f}"
+        f"{ratio:>8.3f}{mib['at_most_bytes']:>10.1f}"
+        f"{mib['grown_bytes']:>10.1f}{case['step_ms']:>10.1f}"
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--network", choices=NETWORKS)
+    parser.add_argument("--stash", choices=STASHES)
+    parser.add_argument("--batch", type=int, default=32, help="default 32")
+    parser.add_argument("--splits", type=int, default=4, help="K, default 4")
+    parser.add_argument("--delay", type=int, default=2, help="default 2")
+    parser.add_argument("--steps", type=int, default=24, help="default 24")
+    parser.add_argument("--rounds", type=int, default=3, help="default 3")
+    args = parser.parse_args()
+    result = {"machine": bench_speed._machine(), "cases": []}
+    print(", ".join(f"{k} {v}" for k, v in result["machine"].items()))
+    print(f"batch {args.batch}, K={args.splits}, delay={args.delay}")
+    print(
+        f"{'network':<12}{'stash':<10}{'predicted':>10}{'held':>10}"
+        f"{'ratio':>8}{'at most':>10}{'grown':>10}{'step':>10}"
+    )
+    sizes = (args.batch, args.splits, args.delay)
+    # A process for each case: memory that was freed may stay with it.
+    spawn = multiprocessing.get_context("spawn")
+    for network in [args.network] if args.network else NETWORKS:
+        for stash in [args.stash] if args.stash else STASHES:
+            with spawn.Pool(1) as pool:
+                case = pool.apply(
+                    measure, (network, *sizes, stash, args.steps, args.rounds)
+                )
+            result["cases"].append(case)
+            print(_row(case), flush=True)
+            if args.json:
+                args.json.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
