@@ -160,7 +160,9 @@ class Ledger:
             `[nodes]`, by its last node; nothing before `start`.
         """
         weights = _since(self.weights, start)
-        copies = 2.0 + self._slots + (late if self._stash in OF_THE_FORWARD else 0)
+        copies = (
+            2.0 + self._slots + (late if self._stash in OF_THE_FORWARD else 0)
+        )
         links = delays.link_capacity(self._delay) * self.returned
         if start:
             links = links + (
