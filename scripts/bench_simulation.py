@@ -58,7 +58,7 @@ class Alone(bench_speed.Unlinked):
         bench_speed._pin({min(cores)})
         try:
             with self._linked.pipeline():
-                return [_tick(loop, steps) for loop in self._loops]
+                return [_tick(loop, steps) for loop in self.loops]
         finally:
             bench_speed._pin(cores)
 

@@ -182,7 +182,8 @@ def test_a_plan_can_be_simulated():
     found = simulate(plan.as_costs())
     slowest = max(stage.tick_s for stage in plan.stages)
     assert found.seconds_per_step == pytest.approx(slowest, rel=1e-6)
-    slow = simulate(plan.as_costs(), Cable(plan.stages[0].sends_bytes / 9.0))
+    largest = max(stage.sends_bytes for stage in plan.stages)
+    slow = simulate(plan.as_costs(), Cable(largest / 9.0))
     assert slow.seconds_per_step == pytest.approx(9.0, rel=1e-3)
     unmeasured = fdg_keras.plan(network(), 3, 8, devices, measure=False)
     with pytest.raises(ValueError, match=r"measured.*Received"):
