@@ -82,6 +82,7 @@ class Linearized:
         self._forward_operations = {
             op.name for op in self._wrapped.graph.get_operations()
         }
+        self._check_assignments()
         self.output_specs = [
             tf.TensorSpec(t.shape, t.dtype) for t in self._result.outputs
         ]
@@ -93,6 +94,25 @@ class Linearized:
             )
             if new is not old
         ]
+
+    def _check_assignments(self) -> None:
+        """Refuses assignments, which nobody who is waited for waits for."""
+        graph = self._wrapped.graph
+        names = {
+            inner.name: variable.name
+            for variable in graph.variables
+            for outer, inner in graph.captures
+            if outer is variable.handle
+        }
+        for op in graph.get_operations():
+            if op.type.startswith(("Assign", "ResourceScatter")):
+                name = names.get(op.inputs[0].name, op.inputs[0].name)
+                raise ValueError(
+                    f"A layer assigns to the `tf.Variable` {name!r} in `call`, "
+                    "and a stage would lose what it assigns. Expected state "
+                    "that is Keras': make it by `self.add_weight(trainable="
+                    "False, ...)`, and assign to it as before."
+                )
 
     @property
     def has_own_loss(self) -> bool:

@@ -215,7 +215,13 @@ def made_again(
     # What was set after it was made need not be in its configuration.
     for name, value in vars(optimizer).items():
         plain = isinstance(value, (bool, int, float, str, tuple, np.generic))
-        if plain and name != "built":
+        # Of the rest, what begins so is Keras' own, and so are variables.
+        foreign = name[0] != "_" and (
+            callable(value) or isinstance(value, dict)
+        )
+        if (plain and name != "built") or (
+            foreign and not isinstance(value, keras.Variable)
+        ):
             setattr(made, name, value)
     return made
 

@@ -170,7 +170,8 @@ class Pipeline:
             mine.activations_out = theirs.activations_in = Link(
                 sent.specs, capacity, after.device, f"activations_{k + 1}"
             )
-            if any(gradients[k]):
+            # Who has no use for gradients would never take them out.
+            if any(gradients[k]) and stage.has_backward:
                 floating = sent.floating(sent.specs)
                 specs = [s for s, g in zip(floating, gradients[k]) if g]
                 mine.gradients_in = theirs.gradients_out = Link(

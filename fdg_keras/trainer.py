@@ -21,6 +21,7 @@ from fdg_keras.transforms import GradientTransformer
 from fdg_keras.validation import (
     check_emulation,
     check_epochs,
+    check_graph,
     check_model,
     check_settings,
     check_sizes,
@@ -159,6 +160,7 @@ class Trainer:
             ValueError: If the data do not fit the model, or are empty.
         """
         check_model(self.model)
+        check_graph(self.model, self._graph)
         self._warn_once()
         check_idle(self.model)
         check_emulation(self.model, self._emulate, self._settings.stash)
@@ -273,6 +275,7 @@ class Trainer:
         Takes and returns what `keras.Model.evaluate` does.
         """
         check_model(self.model)
+        check_graph(self.model, self._graph)
         check_sizes(batch_size, steps=steps)
         batches = Batches(
             self._graph,

@@ -6,6 +6,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from fdg_keras import _keras
 from fdg_keras.crossing import OF_THE_FORWARD, STASHES
 from fdg_keras.delays import ORDERS
 from fdg_keras.optimizers import (
@@ -13,6 +14,7 @@ from fdg_keras.optimizers import (
     check_precision,
     is_scale_invariant,
 )
+from fdg_keras.slicing import Graph
 from fdg_keras.threads import warn
 
 
@@ -35,6 +37,20 @@ def check_settings(delay: Any, stash: Any, order: Any) -> None:
     if order not in ORDERS:
         raise ValueError(
             f"Expected `order` to be one of {ORDERS}. Received: {order!r}"
+        )
+
+
+def check_graph(model: keras.Model, graph: Graph) -> None:
+    """Checks that a model still is what a `Trainer` has sliced.
+
+    Raises:
+        ValueError: If layers were added or taken away since.
+    """
+    if _keras.functional_of(model) is not graph.functional:
+        raise ValueError(
+            "The model has other layers than when the `Trainer` was made. "
+            "Expected it as it was: make a new `Trainer`. Received: "
+            f"{model!r}"
         )
 
 

@@ -1009,3 +1009,115 @@ def test_probabilities_that_round_to_zero_with_delay():
         weights.append(model.get_weights())
     for a, b in zip(*weights):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def _stopped_by(name):
+    """Layers through which no gradient comes back."""
+    stop = keras.ops.stop_gradient
+    if name == "lambda":
+        return keras.layers.Lambda(stop)
+    return {"operation": stop, "round": keras.ops.round}[name]
+
+
+@pytest.mark.parametrize("name", ["operation", "lambda", "round"])
+@pytest.mark.parametrize("delay", [0, 2])
+def test_a_stage_without_a_backward_is_sent_no_gradients(name, delay):
+    """It never took them, and the stage after it waited for room for ever."""
+
+    def make():
+        keras.utils.set_random_seed(1)
+        inputs = keras.Input((4,))
+        h = _stopped_by(name)(keras.layers.Dense(5, name="first")(inputs))
+        h = keras.layers.Dense(5, name="second")(h)
+        model = keras.Model(inputs, keras.layers.Dense(1)(h))
+        model.compile("sgd", "mse")
+        return model
+
+    random = np.random.default_rng(0)
+    x, y = random.random((48, 4), "float32"), random.random((48, 1))
+    model, expected = make(), make()
+    cut = [trace_graph(model).nodes[1].name]  # after what stops
+    trainer = fdg_keras.Trainer(model, cut, ["CPU:0", "CPU:1"], delay)
+    trainer.fit(x, y, batch_size=4, epochs=2, shuffle=False, verbose=0)
+    expected.fit(x, y, batch_size=4, epochs=2, shuffle=False, verbose=0)
+    # The last stage has no delay, and no other one learns.
+    for a, b in zip(model.weights, expected.weights):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("emulate", [False, True])
+def test_a_tf_variable_that_a_layer_assigns_to(emulate):
+    """What was assigned was lost."""
+
+    class Counter(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.count = tf.Variable(1.0, trainable=False, name="count")
+
+        def call(self, x):
+            self.count.assign_add(1.0)
+            return x * 1.0
+
+    model = keras.Sequential(
+        [
+            keras.Input((4,)),
+            Counter(),
+            keras.layers.Dense(3),
+            keras.layers.Dense(1),
+        ]
+    )
+    model.compile("sgd", "mse")
+    trainer = fdg_keras.Trainer(model, 2, ["CPU:0"] * 2, emulate=emulate)
+    if emulate:  # one device, in order: there it is as in Keras
+        quiet_fit(trainer)
+        assert float(model.layers[0].count) > 1.0
+        return
+    with pytest.raises(
+        ValueError, match=r"assigns to the `tf.Variable` 'count"
+    ):
+        quiet_fit(trainer)
+
+
+def test_a_model_that_got_other_layers():
+    """The layers that were added were not trained."""
+    model = keras.Sequential(
+        [keras.Input((4,)), keras.layers.Dense(3), keras.layers.Dense(1)]
+    )
+    model.compile("sgd", "mse")
+    trainer = fdg_keras.Trainer(model, 2, ["CPU:0"] * 2)
+    model.add(keras.layers.Dense(1))
+    model.compile("sgd", "mse")
+    for run in (quiet_fit, lambda t: t.evaluate(np.ones((4, 4)), np.ones(4))):
+        with pytest.raises(ValueError, match="make a new `Trainer`"):
+            run(trainer)
+
+
+def test_what_an_optimizer_was_given_to_call():
+    """It was left behind when each stage got an optimizer of its own."""
+
+    class Scaled(keras.optimizers.SGD):
+        scale = None
+
+        def update_step(self, gradient, variable, learning_rate):
+            gradient = self.scale(gradient) * self.factors["all"]
+            super().update_step(gradient, variable, learning_rate)
+
+    def make():
+        keras.utils.set_random_seed(1)
+        model = keras.Sequential(
+            [keras.Input((4,)), keras.layers.Dense(3), keras.layers.Dense(1)]
+        )
+        optimizer = Scaled(0.01)
+        optimizer.scale = lambda gradient: 5 * gradient
+        optimizer.factors = {"all": 0.5}
+        model.compile(optimizer, "mse")
+        return model
+
+    model, expected = make(), make()
+    x, y = np.ones((16, 4)), np.ones(16)
+    fdg_keras.fit(
+        model, x, y, delay=0, devices=["CPU:0"] * 2, shuffle=False, verbose=0
+    )
+    expected.fit(x, y, shuffle=False, verbose=0)
+    for a, b in zip(model.weights, expected.weights):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
