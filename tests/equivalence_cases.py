@@ -247,7 +247,6 @@ DATA: dict[str, Callable[[zoo.Case], dict]] = {
     "classes": lambda case: _arrays(case, class_weight={0: 1, 1: 3, 2: 0.5}),
     "overflow": _overflow,
     "later": lambda case: _arrays(case, initial_epoch=1, epochs=3),
-    "done": lambda case: _arrays(case, initial_epoch=2),
     "dataset": lambda case: {"x": _dataset(case)},
     "unknown": lambda case: {"x": _dataset(case).filter(lambda *_: True)},
     # Two steps of three batches: the second epoch begins in the middle.

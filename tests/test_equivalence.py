@@ -9,6 +9,13 @@ optimizer's state, History, what callbacks wrote to files, and every call of
 every hook of a callback, in order, with its index and its logs. Weights equal
 as `matching.py` says, other numbers to 1e-5.
 
+One kind of data is not given to both alike. Where the number of batches is
+unknown (`unknown`), Keras learns that an epoch has ended from a batch that is
+not there: once an epoch it calls `on_train_batch_begin` for it, counts a step
+of the optimizer for it and draws random numbers. Here only batches that are
+there count. So `model.fit` gets the same batches as a data set that knows its
+length, and the row says that not knowing it changes nothing.
+
 With `delay=2` weights must equal those of `reference.py`, in rows marked so:
 those in which batches come in order and no callback steers the training.
 """
@@ -82,7 +89,7 @@ mlp            2 shuffled   sgd        checkpoint
 mlp            2 classes    adagrad    csv
 mlp            2 split      rmsprop    plateau
 mlp            3 tensors    lamb       best       yes
-mlp            2 done       sgd        csv
+mlp            4 dataset    sgd        csv        yes
 plain_mlp      3 arrays     adam       step
 conv           3 dataset    momentum   step
 plain_mlp      3 turning    muon       none
@@ -261,9 +268,7 @@ def test_without_delay_it_is_model_fit(row, tmp_path):
     log, log_of_keras = EventLog(), EventLog()
     found, wanted = tmp_path / "found", tmp_path / "wanted"
     history = row.fit(row.trainer(case, 0), case, found, log)
-    if row.data == "unknown":
-        # Keras begins a batch too many where it does not know how many there
-        # are, counts it and draws random numbers for it. So it is told.
+    if row.data == "unknown":  # See the top of this file.
         row = row._replace(data="dataset")
     history_of_keras = row.fit(expected.model, expected, wanted, log_of_keras)
     assert_same_events(log.events, log_of_keras.events)
@@ -293,6 +298,24 @@ def test_with_delay_it_is_the_reference(row, tmp_path):
         else {},
     )
     assert_same_weights(case.model, expected.model)
+
+
+def test_nothing_is_left_to_train(tmp_path):
+    """`initial_epoch` is the number of epochs: hooks only, in both."""
+    row = Row("mlp", "2", "arrays", "sgd", "csv")
+    cases, logs, histories = [], [], []
+    for delay in (0, None):
+        case, log = row.compiled_case(), EventLog()
+        fitted = case.model if delay is None else row.trainer(case, delay)
+        folder = tmp_path / str(delay)
+        histories.append(row.fit(fitted, case, folder, log, initial_epoch=2))
+        cases.append(case)
+        logs.append(log.events)
+    assert not histories[0].history
+    assert_same_events(*logs)
+    assert_same_history(*histories)
+    assert_same_weights(*(case.model for case in cases))
+    assert_same_weights(cases[0].model, row.compiled_case().model)
 
 
 def test_the_table_covers_everything():

@@ -120,6 +120,33 @@ def test_a_saved_model(tmp_path, whole, epoch):
     assert_same(resumed, whole)
 
 
+@pytest.mark.parametrize("delay", [0, 2])
+@pytest.mark.parametrize("splits", [(3, 2), (2, 4)])
+def test_backup_and_restore_in_other_stages(tmp_path, splits, delay):
+    """A backup of three stages goes on in two, by a trainer of its own.
+
+    What was not interrupted changes its stages at the end of the same epoch:
+    gradients are later in more stages, unless there is no delay.
+    """
+    first, then = splits
+    uninterrupted = make_model()
+    fit(uninterrupted, epochs=1, splits=first, delay=delay)
+    fit(uninterrupted, initial_epoch=1, splits=then, delay=delay)
+    backup = keras.callbacks.BackupAndRestore(str(tmp_path / "backup"))
+    with pytest.raises(Interrupted, match="by the test"):
+        fit(
+            make_model(),
+            [backup, Interrupt(1, 3, Interrupted)],
+            splits=first,
+            delay=delay,
+        )
+    resumed = make_model()
+    backup = keras.callbacks.BackupAndRestore(str(tmp_path / "backup"))
+    history = fit(resumed, [backup], splits=then, delay=delay)
+    assert history.epoch == list(range(1, EPOCHS))
+    assert_same(resumed, uninterrupted)
+
+
 def test_another_number_of_stages(tmp_path):
     """What was trained in three stages goes on in two."""
     path = str(tmp_path / "at.keras")
