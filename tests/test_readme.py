@@ -34,6 +34,29 @@ def test_first_example_runs_as_pasted():
     assert accuracy > 0.9
 
 
+@pytest.mark.slow
+def test_all_examples_run_one_after_another_without_a_warning(tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-c", "\n".join(code_blocks("python"))],
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "CUDA_VISIBLE_DEVICES": "-1",
+            "PYTHONPATH": str(ROOT),
+            "PYTHONWARNINGS": "always::UserWarning",
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "UserWarning" not in run.stderr
+    assert "nan" not in run.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "logs",
+        "trained.keras",
+    }
+
+
 def test_first_example_is_short():
     lines = code_blocks("python")[0].splitlines()
     assert len([line for line in lines if line]) <= 10
@@ -88,5 +111,10 @@ def test_nothing_is_left_to_be_filled_in():
 
 
 def test_links_lead_somewhere():
+    titles = re.findall(r"^#+ (.*)$", README, flags=re.MULTILINE)
     for target in re.findall(r"\]\((?!https?:)([^)]+)\)", README):
-        assert (ROOT / target).exists(), target
+        if target.startswith("#"):
+            names = [re.sub(r"[^\w\- ]", "", t.lower()) for t in titles]
+            assert target[1:] in [name.replace(" ", "-") for name in names]
+        else:
+            assert (ROOT / target).exists(), target
