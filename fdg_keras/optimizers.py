@@ -215,15 +215,19 @@ def made_again(
     # What was set after it was made need not be in its configuration.
     for name, value in vars(optimizer).items():
         plain = isinstance(value, (bool, int, float, str, tuple, np.generic))
-        # Of the rest, what begins so is Keras' own, and so are variables.
-        foreign = name[0] != "_" and (
-            callable(value) or isinstance(value, dict)
-        )
-        if (plain and name != "built") or (
-            foreign and not isinstance(value, keras.Variable)
-        ):
+        if plain and name != "built":
+            setattr(made, name, value)
+        elif name[0] != "_" and isinstance(value, dict):
+            # Not slots, which the new one makes for itself.
+            if not any(map(_is_variable, _keras.tree.flatten(value))):
+                setattr(made, name, dict(value))
+        elif name[0] != "_" and callable(value) and not _is_variable(value):
             setattr(made, name, value)
     return made
+
+
+def _is_variable(value: Any) -> bool:
+    return isinstance(value, (keras.Variable, tf.Variable))
 
 
 def _without_rate(optimizer: keras.optimizers.Optimizer) -> list:
