@@ -80,8 +80,12 @@ def recipes() -> st.SearchStrategy[Recipe]:
     """Draws recipes. Short last batches have three samples or four."""
     # Mostly of the latest tensors, or models would be wide and shallow.
     back = st.sampled_from([0, 0, 0, 0, 1, 2, 3, 5, 8])
+    # What is joined to them is older: it skips what lies between.
+    far_back = st.sampled_from([1, 2, 3, 5, 8, 0])
+    # What is shared leaves fewer places to cut at: it is drawn more often.
+    kinds = sorted(KINDS) + 2 * sorted(k for k in KINDS if "shared" in k)
     steps = st.builds(
-        Step, st.sampled_from(sorted(KINDS)), st.integers(3, 6), back, back
+        Step, st.sampled_from(kinds), st.integers(3, 6), back, far_back
     )
     return st.builds(
         Recipe,
@@ -322,6 +326,8 @@ _simple(
     dropout=lambda s: (layers.Dropout, 0.3, {"seed": 0}),
     noise=lambda s: (layers.GaussianNoise, 0.1, {"seed": 0}),
     gelu=lambda s: (layers.Activation, "gelu"),
+    silu=lambda s: (layers.Activation, "silu" if s.size % 2 else "swish"),
+    dense_silu=lambda s: (layers.Dense, s.size, "silu"),
     leaky=lambda s: (layers.LeakyReLU,),
     identity=lambda s: (
         (layers.Identity,) if s.size % 2 else (layers.Activation, "linear")
@@ -464,10 +470,26 @@ def _one_hot(m: _Making, a: Any, s: Step) -> Any:
 
 @_kind(ANY)
 def _shared_dense(m: _Making, a: Any, s: Step) -> Any:
+    """On two tensors at once, or twice on one; and maybe again later."""
     width = a.shape[-1]
-    return m.shared(
+    dense = m.shared(
         ("dense", width), lambda: m.layer(layers.Dense, width, "tanh")
-    )(a)
+    )
+    if s.size % 2:
+        return m.layer(layers.Subtract)([dense(a), dense(m.other(a, s))])
+    return dense(dense(a))
+
+
+@_kind(ANY)
+def _shared_embed(m: _Making, a: Any, s: Step) -> Any:
+    """The rows of one table for two tensors of integers, or twice for one."""
+    made = [] if m.tokens else [_tokens(m, a, s)]
+    embed = m.shared("embed", lambda: m.layer(layers.Embedding, VOCABULARY, 4))
+    pooled = [
+        m.layer(layers.GlobalAveragePooling1D)(embed(m.tokens[i]))
+        for i in (-1, s.b % len(m.tokens))
+    ]
+    return [*made, m.layer(layers.Concatenate)(pooled)]
 
 
 @_kind(ANY)
@@ -481,7 +503,8 @@ def _shared_dropout(m: _Making, a: Any, s: Step) -> Any:
 @_kind(ANY)
 def _shared_activation(m: _Making, a: Any, s: Step) -> Any:
     """Nothing to train, so it may be cut between the uses."""
-    return m.shared("relu", lambda: m.layer(layers.ReLU, negative_slope=0.2))(a)
+    relu = m.shared("relu", lambda: m.layer(layers.ReLU, negative_slope=0.2))
+    return relu(a) - relu(m.other(a, s))
 
 
 def _block(m: _Making, shape: tuple, size: int) -> keras.Model:
@@ -505,7 +528,10 @@ def _nested(m: _Making, a: Any, s: Step) -> Any:
 @_kind(ANY)
 def _nested_shared(m: _Making, a: Any, s: Step) -> Any:
     shape = a.shape[1:]
-    return m.shared(("block", shape), lambda: _block(m, shape, 4))(a)
+    block = m.shared(("block", shape), lambda: _block(m, shape, 4))
+    if s.size % 2:
+        return block(a)
+    return m.layer(layers.Maximum)([block(a), block(m.other(a, s))])
 
 
 @_kind(ANY)

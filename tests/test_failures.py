@@ -606,6 +606,9 @@ class Signal(keras.layers.Layer):
                 found = getattr(self, where) + 1
                 setattr(self, where, found)
                 if (found, where) == (self.at, self.where):
+                    # Sent while the caller is about to wait for its queue,
+                    # Python hears of it only when that has something.
+                    time.sleep(0.1)
                     os.kill(os.getpid(), signal.SIGINT)
                     time.sleep(0.5)
                 return tensor
@@ -769,8 +772,8 @@ def test_interrupt_at_a_batch(batch):
     assert_usable(trainer)
 
 
-def test_impatience():
-    """A second Ctrl-C changes nothing: a stage ends within its tick."""
+def interrupted_twice():
+    """Returns a trainer, and the threads there were when `fit` had ended."""
     model = build()
     x = keras.layers.Dense(6, name="last")(Slow(0.5)(model.outputs[0]))
     slow = keras.Model(model.inputs, x)
@@ -784,10 +787,32 @@ def test_impatience():
                 threading.Timer(after_s, os.kill, kill).start()
             time.sleep(5)
 
-    with fails(KeyboardInterrupt, "Interrupted in this epoch"):
+    start = time.perf_counter()
+    with pytest.raises(KeyboardInterrupt, match="Interrupted in this epoch"):
         fit(trainer, *data(), callbacks=[Interrupt()])
+    left = threads()
+    assert time.perf_counter() - max(start, Clock.started) < LIMIT_S
+    # So that the next test finds none, whatever this one finds.
+    deadline = time.perf_counter() + LIMIT_S
+    while threads() and time.perf_counter() < deadline:
+        time.sleep(0.05)
+    return trainer, left
+
+
+def test_impatience():
+    """A second Ctrl-C changes nothing: a stage ends within its tick."""
+    trainer, _ = interrupted_twice()
     x, y = data()
     fit(trainer, x[: 2 * BATCH], y[: 2 * BATCH])
+
+
+@pytest.mark.xfail(
+    reason="Python 3.11 takes a thread for ended if its `join` was interrupted",
+    strict=True,
+)
+def test_impatience_leaves_no_thread():
+    _, left = interrupted_twice()
+    assert not left
 
 
 def test_nan_ends_training_with_terminate_on_nan():

@@ -2,7 +2,8 @@
 
 Recipes of `graphs.py`, cut anywhere. In a usual run 200 models are sliced and
 run; 200 are trained without delay, one stage after the other; 30 are trained
-without delay in compiled stages, and 8 with a delay. With
+without delay in compiled stages, and 8 with a delay. The examples of the first
+two must be as various as `graph_variety.py` says. With
 `--hypothesis-profile=fuzz`, as in `scripts/fuzz.sh`, the first three properties
 see as many examples as that profile says, and the last a quarter.
 """
@@ -16,6 +17,7 @@ import pytest
 import reference
 import tensorflow as tf
 import zoo
+from graph_variety import Variety
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from matching import assert_same_weights
@@ -87,15 +89,21 @@ def run_slices(graph: Graph, cuts: list[int], x: Any, training: bool) -> Any:
     return _keras.pack_outputs(graph.functional, outputs)
 
 
+variety = Variety()
+
+
+@variety.of
 @examples(200)
 @given(graphs.recipes(), cuts, st.booleans())
 def test_slices_compute_what_the_model_does(recipe, cuts, training):
     """Outputs, and the variables that a forward updates."""
     whole, sliced = graphs.build(recipe), graphs.build(recipe)
     graph = trace_graph(sliced.model)
+    positions = legal(graph, cuts)
+    variety.add(graph, positions)
     x = tensors(whole.x)
     wanted = whole.model(x, training=training)
-    found = run_slices(graph, legal(graph, cuts), x, training)
+    found = run_slices(graph, positions, x, training)
     keras.tree.assert_same_structure(found, wanted)
     for a, b in zip(keras.tree.flatten(found), keras.tree.flatten(wanted)):
         assert np.isfinite(b).all(), "the model is no good example"
@@ -143,6 +151,8 @@ def assert_without_delay_it_is_model_fit(
 ) -> None:
     case, expected = graphs.build(recipe), graphs.build(recipe)
     trainer = make_trainer(case, cuts, optimizer, 0, run_eagerly)
+    graph = trace_graph(case.model)
+    variety.add(graph, legal(graph, cuts))
     # Eagerly, which takes less time than compiling for so few batches.
     expected.model.compile(
         OPTIMIZERS[optimizer](), expected.loss, run_eagerly=True
@@ -155,6 +165,7 @@ def assert_without_delay_it_is_model_fit(
     )
 
 
+@variety.of
 @examples(200)
 @given(graphs.recipes(), cuts, optimizers)
 def test_without_delay_stages_one_by_one_are_model_fit(recipe, cuts, optimizer):
