@@ -6,6 +6,7 @@ that Ctrl-C always reaches it.
 """
 
 import contextlib
+import functools
 import inspect
 import queue
 import signal
@@ -26,6 +27,38 @@ _GRACE_S = 1.0
 _OWN = (__name__.partition(".")[0], "contextlib")
 
 
+class _Thread(threading.Thread):
+    """A thread that is known to run for as long as it does.
+
+    Python 3.11 takes one for ended if a `join` of it was interrupted.
+
+    Args:
+        function: What to run.
+        name: Shown by debuggers.
+    """
+
+    def __init__(self, function: Callable[[], None], name: str):
+        super().__init__(name=name, daemon=True)
+        self._function = function
+        self._has_run = threading.Event()
+
+    def run(self) -> None:
+        try:
+            self._function()
+        finally:
+            self._has_run.set()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it was started and has not ended."""
+        return self.ident is not None and not self._has_run.is_set()
+
+    def wait(self, seconds: float | None) -> None:
+        """Waits until it has ended, for so long at most."""
+        if self._has_run.wait(seconds):
+            self.join()
+
+
 class Crew:
     """Runs named threads until their work is done or one of them fails.
 
@@ -44,9 +77,9 @@ class Crew:
 
     def __init__(self, release: Callable[[], None]):
         self._release = release
-        self._threads: list[threading.Thread] = []
-        self._may_be_left: list[threading.Thread] = []
-        self._releasing: list[threading.Thread] = []
+        self._threads: list[_Thread] = []
+        self._may_be_left: list[_Thread] = []
+        self._releasing: list[_Thread] = []
         self._results: queue.SimpleQueue = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._stopping = threading.Event()
@@ -62,7 +95,7 @@ class Crew:
     def has_ended(self) -> bool:
         """Whether no thread of the crew is running."""
         threads = self._threads + self._may_be_left + self._releasing
-        return not any(thread.is_alive() for thread in threads)
+        return not any(thread.is_running for thread in threads)
 
     def start(
         self, name: str, target: Callable[[], None], may_be_left: bool = False
@@ -75,9 +108,7 @@ class Crew:
             may_be_left: Whether a stop may leave it behind, because it runs
                 code that may block for as long as it likes.
         """
-        thread = threading.Thread(
-            target=self._run, args=(target,), name=name, daemon=True
-        )
+        thread = _Thread(functools.partial(self._run, target), name)
         group = self._may_be_left if may_be_left else self._threads
         group.append(thread)
         thread.start()
@@ -111,9 +142,7 @@ class Crew:
     def stop(self) -> None:
         """Asks all threads to end at their next hand-off."""
         # In a thread of its own: a second Ctrl-C must not end it half way.
-        releasing = threading.Thread(
-            target=self._release_all, name="fdg-release", daemon=True
-        )
+        releasing = _Thread(self._release_all, "fdg-release")
         self._releasing.append(releasing)
         releasing.start()
         releasing.join()
@@ -182,17 +211,15 @@ class Crew:
             raise self._failure
 
 
-def _still_running(
-    threads: list[threading.Thread], seconds: float | None
-) -> list[str]:
+def _still_running(threads: list[_Thread], seconds: float | None) -> list[str]:
     """Joins threads, for so long all in all; names those that go on."""
     deadline = time.monotonic() + (seconds or 0.0)
     # An interrupt may have come before the last one was started.
     started = [thread for thread in threads if thread.ident is not None]
     for thread in started:
         left = max(deadline - time.monotonic(), 0.0)
-        thread.join(None if seconds is None else left)
-    return [thread.name for thread in started if thread.is_alive()]
+        thread.wait(None if seconds is None else left)
+    return [thread.name for thread in started if thread.is_running]
 
 
 class Inbox:

@@ -806,10 +806,6 @@ def test_impatience():
     fit(trainer, x[: 2 * BATCH], y[: 2 * BATCH])
 
 
-@pytest.mark.xfail(
-    reason="Python 3.11 takes a thread for ended if its `join` was interrupted",
-    strict=True,
-)
 def test_impatience_leaves_no_thread():
     _, left = interrupted_twice()
     assert not left
