@@ -148,9 +148,10 @@ class Ledger:
     def peak(self, start: int, late: int) -> np.ndarray:
         """Returns all bytes that a stage holds at most.
 
-        Weights, slots and state; the gradient and, with `stash="exact"`, as
-        many copies of the weights as there are batches in flight; stash;
-        links in both directions; and the largest node, while it runs.
+        Weights, slots and state; the gradient and, with `stash="exact"` or
+        `"selective"`, d_k copies of the weights; the stash of d_k + 1 batches,
+        with `"selective"` that of `"exact"`, which is more; links in both
+        directions; and the largest node, while it runs.
 
         Args:
             start: The stage's first node.

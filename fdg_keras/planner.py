@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import numbers
 import os
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ from fdg_keras.profiles import Profile
 from fdg_keras.profiling import description, profile
 from fdg_keras.rates import UpdateRate, transfer_rate, update_rate
 from fdg_keras.slicing import cut_graph, trace_graph
+from fdg_keras.threads import warn
 
 # Seconds of a tick beyond what its layers compute: links and loop. About what
 # `scripts/bench_speed.py` finds on CPUs, as overhead per stage.
@@ -58,6 +58,8 @@ def plan(
         devices: As for `Trainer`. They may differ in speed.
         delay: Batches of delay per hop, for the memory of what is in flight.
         stash: The stash mode, likewise, and for the time of its backward.
+            `"selective"` is counted as `"exact"`, which holds more and runs
+            nothing again.
         measure: Whether to measure. If not, cuts balance operation counts, as
             those of `Trainer(splits=K)` do, and no times are known.
         memory_limit: Bytes that a stage may hold, or one such number for each
@@ -216,7 +218,7 @@ def _expected(found: Plan, processor_s: float) -> Plan:
         f"one device is expected, because "
         f"{_reason(found, bound, cores if shared else None)}."
     )
-    warnings.warn(note, stacklevel=3)
+    warn(note)
     return dataclasses.replace(found, notes=(note,))
 
 

@@ -111,6 +111,9 @@ class Plan:
     def as_costs(self) -> list[Cost]:
         """Returns the stages as `fdg_keras.simulation.simulate` takes them.
 
+        Gradients over a cut are taken to be as large as the activations, and
+        slots, which a plan has in `peak_bytes` only, are left out.
+
         Raises:
             ValueError: If the plan was not measured.
         """
