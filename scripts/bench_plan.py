@@ -19,11 +19,15 @@ and for K = 2 the milliseconds of a step end to end, with the plan's cut, with
 the cut by estimated operations that `splits=2` stands for, and with the cut
 that halves the parameters, taking turns (medians of rounds).
 
-Logical CPUs stand in for devices, one thread for each operation
-(`intra_op_parallelism_threads=1`), so that a stage is worth about one core.
+Logical CPUs stand in for devices, with one thread for each operation
+(`intra_op_parallelism_threads=1`). While layers are measured, and while a stage
+runs alone, the process is held on one core: a whole stage has operations that
+could run side by side on two, single layers have none, and of a GPU there is
+one as well. End to end all cores are used.
 """
 
 import argparse
+import contextlib
 import gc
 import itertools
 import json
@@ -174,6 +178,24 @@ def by_parameters(model):
     return [graph.nodes[cut].name]
 
 
+@contextlib.contextmanager
+def one_core():
+    """Holds all threads of this process, also those to come, on one core."""
+    cores = os.sched_getaffinity(0)
+    _hold_on({max(cores)})
+    try:
+        yield
+    finally:
+        _hold_on(cores)
+
+
+def _hold_on(cores):
+    for thread in os.listdir("/proc/self/task"):
+        # A thread may have ended since.
+        with contextlib.suppress(ProcessLookupError):
+            os.sched_setaffinity(int(thread), cores)
+
+
 def alone(built, plan, rounds):
     """Returns seconds of a tick of the slowest stage, nothing else running."""
     linked = bench_speed.Linked(built, plan, 2)
@@ -227,16 +249,17 @@ def measure(name, splits, rounds, cache_dir):
     for count in splits:
         built = build(name, batch)
         devices = [f"CPU:{k}" for k in range(count)]
-        start = time.perf_counter()
-        plan = fdg_keras.plan(
-            built[0], count, batch, devices, cache_dir=cache_dir
-        )
-        seconds = time.perf_counter() - start
+        with one_core():
+            start = time.perf_counter()
+            plan = fdg_keras.plan(
+                built[0], count, batch, devices, cache_dir=cache_dir
+            )
+            seconds = time.perf_counter() - start
+            predicted, measured = alone(built, plan, rounds)
         graph = trace_graph(built[0])
         costs = np.concatenate([stage.costs for stage in plan.stages])
         ends = [*(p + 1 for p in graph.legal_cuts()), len(costs)]
         slowest = max(sum(stage.costs) for stage in plan.stages)
-        predicted, measured = alone(built, plan, rounds)
         entry = {
             "model": name,
             "batch": batch,
