@@ -194,12 +194,20 @@ class Crossing:
             stash: What is kept.
             batch_size: Samples of a batch.
         """
+        owners = self.owners(stash, batch_size)
+        weights = {t.name for t in self._weights}
+        return StashBytes(
+            sum(n or 0 for name, n in owners.items() if name not in weights),
+            sum(n or 0 for name, n in owners.items() if name in weights),
+            sum(n is None for n in owners.values()),
+        )
+
+    def owners(self, stash: Stash, batch_size: int) -> dict[str, int | None]:
+        """Returns the bytes of the tensors whose memory a stash holds.
+
+        `None` if unknown. What training does not change is left out: it is not
+        held for the stash.
+        """
         sizes = self._sizes(batch_size)
         owners = {recompute.owner(t).name for t in self.kept(stash)}
-        owners -= {*self._constant}
-        weights = owners & {t.name for t in self._weights}
-        return StashBytes(
-            sum(sizes[name] or 0 for name in owners - weights),
-            sum(sizes[name] or 0 for name in weights),
-            sum(sizes[name] is None for name in owners),
-        )
+        return {name: sizes[name] for name in owners - {*self._constant}}

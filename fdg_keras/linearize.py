@@ -13,6 +13,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from fdg_keras import recompute
 from fdg_keras.crossing import OF_THE_FORWARD, Crossing, Stash, StashBytes
 from fdg_keras.subgraphs import extract
 
@@ -193,6 +194,28 @@ class Linearized:
             return StashBytes(0, 0)
         return self._crossing.stash_bytes(stash, batch_size)
 
+    def kept(self, batch_size: int) -> "Kept":
+        """Returns what `stash="exact"` keeps, after `cut`, and where it is."""
+        weights, _, inputs = self._arguments
+        found: dict[str, int | None] = {}
+        if self._crossing is not None:
+            found = self._crossing.owners("exact", batch_size)
+        outputs = [recompute.owner(t).name for t in self._result.outputs]
+        arguments = [t.name for t in inputs]
+        named = {*arguments, *outputs, *(t.name for t in weights)}
+        return Kept(
+            weights=tuple(t.name in found for t in weights),
+            inputs=tuple(name in found for name in arguments),
+            outputs=tuple(name in found for name in outputs),
+            views=tuple(
+                arguments.index(name) if name in arguments else None
+                for name in outputs
+            ),
+            other_bytes=sum(
+                size or 0 for name, size in found.items() if name not in named
+            ),
+        )
+
     def _constant(self, by_weights: list) -> set[str]:
         """Returns the names of arguments that training does not change."""
         weights, state, _ = self._arguments
@@ -262,6 +285,25 @@ class Linearized:
             for t, ask in zip(inputs, wanted)
         ]
         return given, gradients[: len(weights)], by_inputs
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Whose memory a backward reads.
+
+    Attributes:
+        weights: For each weight whether its is read.
+        inputs: For each input.
+        outputs: For each output.
+        views: For each output the input whose memory it is, if it is one's.
+        other_bytes: Of what is none of these.
+    """
+
+    weights: tuple[bool, ...]
+    inputs: tuple[bool, ...]
+    outputs: tuple[bool, ...]
+    views: tuple[int | None, ...]
+    other_bytes: int
 
 
 @dataclass

@@ -4,9 +4,10 @@ import dataclasses
 import functools
 import itertools
 import numbers
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -27,7 +28,8 @@ class Ledger:
 
     What a stage keeps of a batch from its forward to its backward is made up
     of what the backwards of its nodes read. A value that two of them read is
-    kept once, and it is kept by each stage that reads it.
+    kept once, and it is kept by each stage that reads it. What `"selective"`
+    keeps is not a sum over nodes: it is counted as `"exact"`, which is more.
 
     Args:
         graph: The model.
@@ -53,9 +55,17 @@ class Ledger:
         sizes = [size_of(batch_spec(s, batch_size)) for s in graph.symbols]
         needed = needs_gradient(graph)
         self._reads = _reads(graph, profiles, sizes, stash)
+        trainable = [node.trainable_variables for node in graph.nodes]
         #: Bytes of trainable weights, by the first node that uses them.
-        self.weights: np.ndarray
-        self.weights, self._state = _variables(graph)
+        self.weights: np.ndarray = _by_first_node(trainable)
+        self._weights_read = _by_first_node(
+            itertools.compress(weights, found.keeps_weights)
+            for weights, found in zip(trainable, profiles)
+        )
+        self._state = _by_first_node(
+            [v for v in node.variables if not v.trainable]
+            for node in graph.nodes
+        )
         #: Bytes of a batch that cross the cut after each node.
         self.sent = crossing(graph, sizes)
         #: Likewise of their gradients, which cross it the other way.
@@ -126,7 +136,7 @@ class Ledger:
         return dataclasses.replace(
             stage,
             sends_bytes=int(self.sent[last]),
-            stash_bytes=int((late + 1) * self.stashed(start)[last]),
+            stash_bytes=int(self.in_flight(start, late)[last]),
             peak_bytes=int(self.peak(start, late)[last]),
         )
 
@@ -145,12 +155,28 @@ class Ledger:
         kept = np.bincount(at[counts], sizes[counts], len(self._running))
         return np.cumsum(kept)
 
+    def in_flight(self, start: int, late: int) -> np.ndarray:
+        """Returns the bytes in a stage's stash, between F and B of a tick.
+
+        Those of d_k + 1 batches and, with `stash="exact"` or `"selective"`, of
+        d_k copies of the weights that backwards read.
+
+        Args:
+            start: The stage's first node.
+            late: Its delay d_k, in batches.
+
+        Returns:
+            `[nodes]`, by its last node; nothing before `start`.
+        """
+        copies = late if self._stash in OF_THE_FORWARD else 0
+        return (late + 1) * self.stashed(start) + copies * _since(
+            self._weights_read, start
+        )
+
     def peak(self, start: int, late: int) -> np.ndarray:
         """Returns all bytes that a stage holds at most.
 
-        Weights, slots and state; the gradient and, with `stash="exact"` or
-        `"selective"`, d_k copies of the weights; the stash of d_k + 1 batches,
-        with `"selective"` that of `"exact"`, which is more; links in both
+        Weights, their gradients, slots and state; the stash; links in both
         directions; and the largest node, while it runs.
 
         Args:
@@ -161,9 +187,6 @@ class Ledger:
             `[nodes]`, by its last node; nothing before `start`.
         """
         weights = _since(self.weights, start)
-        copies = (
-            2.0 + self._slots + (late if self._stash in OF_THE_FORWARD else 0)
-        )
         links = delays.link_capacity(self._delay) * self.returned
         if start:
             links = links + (
@@ -172,9 +195,9 @@ class Ledger:
         running = self._running.copy()
         running[:start] = 0.0
         return (
-            weights * copies
+            weights * (2.0 + self._slots)
             + _since(self._state, start)
-            + (late + 1) * self.stashed(start)
+            + self.in_flight(start, late)
             + links
             + np.maximum.accumulate(running)
         )
@@ -309,14 +332,19 @@ def _reads(
     rows = []
     made: dict[int, int] = {}
     last: dict[int, int] = {}
+    same: dict[int, int] = {}  # as a view, and what it is a view of
 
     def add(position: int, value: int) -> None:
+        value = same.get(value, value)
         origin = made.get(value, -1) if stash == "replay" else -1
         rows.append((position, sizes[value], last.get(value, -1), origin))
         last[value] = position
 
     for position, (node, found) in enumerate(zip(graph.nodes, profiles)):
-        inputs = dict.fromkeys(node.inputs)
+        inputs = list(dict.fromkeys(node.inputs))
+        for value, of in zip(node.outputs, found.views):
+            if of is not None:
+                same[value] = same.get(inputs[of], inputs[of])
         for value, keeps in zip(inputs, found.keeps_inputs):
             if keeps or stash == "replay":
                 add(position, value)
@@ -330,19 +358,16 @@ def _reads(
     return tuple(np.array(rows, int).reshape(-1, 4).T)
 
 
-def _variables(graph: Graph) -> tuple[np.ndarray, np.ndarray]:
-    """Returns bytes of trainable variables and of others, by first node."""
-    weights, state = np.zeros((2, len(graph.nodes)))
+def _by_first_node(variables: Iterable[Iterable[keras.Variable]]) -> np.ndarray:
+    """Returns the bytes of the variables of each node that none has before."""
     seen: set[int] = set()
-    for position, node in enumerate(graph.nodes):
-        for variable in node.variables:
-            if id(variable) not in seen:
-                seen.add(id(variable))
-                kind = weights if variable.trainable else state
-                kind[position] += size_of(
-                    tf.TensorSpec(variable.shape, variable.dtype)
-                )
-    return weights, state
+    counts = []
+    for mine in variables:
+        new = {id(v): v for v in mine if id(v) not in seen}
+        seen.update(new)
+        specs = [tf.TensorSpec(v.shape, v.dtype) for v in new.values()]
+        counts.append(float(sum(map(size_of, specs))))
+    return np.array(counts)
 
 
 def _since(counts: np.ndarray, start: int) -> np.ndarray:

@@ -11,7 +11,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from fdg_keras.crossing import STASHES, Stash
+from fdg_keras.crossing import Stash, StashBytes
+from fdg_keras.delays import stage_delay
 from fdg_keras.memory import Ledger, Room
 from fdg_keras.optimizers import check_optimizer
 from fdg_keras.placement import host_of, resolve_devices
@@ -21,7 +22,9 @@ from fdg_keras.profiles import Profile
 from fdg_keras.profiling import description, profile
 from fdg_keras.rates import UpdateRate, transfer_rate, update_rate
 from fdg_keras.slicing import cut_graph, trace_graph
+from fdg_keras.stashes import traced_stashes
 from fdg_keras.threads import warn
+from fdg_keras.validation import check_settings
 
 # Seconds of a tick beyond what its layers compute: links and loop. About what
 # `scripts/bench_speed.py` finds on CPUs, as overhead per stage.
@@ -58,8 +61,10 @@ def plan(
         devices: As for `Trainer`. They may differ in speed.
         delay: Batches of delay per hop, for the memory of what is in flight.
         stash: The stash mode, likewise, and for the time of its backward.
-            `"selective"` is counted as `"exact"`, which holds more and runs
-            nothing again.
+            What `"selective"` keeps is known of whole stages only: cuts are
+            chosen, and held to `memory_limit`, as for `"exact"`, which holds
+            more; the bytes of the plan are its own. The time that it spends on
+            running operations again is not counted.
         measure: Whether to measure. If not, cuts balance operation counts, as
             those of `Trainer(splits=K)` do, and no times are known.
         memory_limit: Bytes that a stage may hold, or one such number for each
@@ -76,7 +81,8 @@ def plan(
             often, or a stage does not fit in memory; then it names the stage,
             by how much it is too large, and what would fit.
     """
-    _check(splits, batch_size, delay, stash)
+    _check(splits, batch_size)
+    check_settings(delay, stash, order="forward_first")
     graph = trace_graph(model)
     ends = legal_ends(graph, splits)
     names = resolve_devices(devices, splits)
@@ -111,7 +117,8 @@ def plan(
         raise ValueError(room.refusal())
 
     # ---- What they come to ----------------------------------------------
-    bare = make_plan(graph, cut_graph(graph, cuts), names)
+    slices = cut_graph(graph, cuts)
+    bare = make_plan(graph, slices, names)
     edges = list(
         itertools.pairwise([0, *(p + 1 for p in cuts), len(graph.nodes)])
     )
@@ -119,6 +126,12 @@ def plan(
         ledger.sized(stage, a, b, k, splits)
         for k, (stage, (a, b)) in enumerate(zip(bare.stages, edges))
     ]
+    if stash == "selective":
+        kept = traced_stashes(graph, slices, names[0], batch_size, stash)
+        stages = [
+            _resized(stage, stage_delay(k, splits, delay), size)
+            for k, (stage, size) in enumerate(zip(stages, kept))
+        ]
     found = Plan(tuple(stages), batch_size, delay, stash)
     if times is None:
         return found
@@ -169,6 +182,7 @@ def _handing_over(names: Sequence[str], ledger: Ledger) -> np.ndarray:
         bytes_ = np.maximum(ledger.sent, ledger.returned)
         paid[k] = np.maximum(paid[k], latency + for_a_byte * bytes_)
         paid[k + 1] = latency + for_a_byte * bytes_
+    paid[:, -1] = 0.0  # After the last node there is no cut.
     return paid
 
 
@@ -180,6 +194,19 @@ def _share_memory(a: str, b: str) -> bool:
 def _task(device: str) -> tuple:
     spec = tf.DeviceSpec.from_string(device)
     return spec.job, spec.replica, spec.task
+
+
+def _resized(stage: StagePlan, late: int, size: StashBytes) -> StagePlan:
+    """Returns a stage with another stash, and its peak changed by as much."""
+    if not late:  # Its backward follows its forward: nothing is saved.
+        return stage
+    stash_bytes = size.total(late + 1, late)
+    saved = (stage.stash_bytes or 0) - stash_bytes
+    return dataclasses.replace(
+        stage,
+        stash_bytes=stash_bytes,
+        peak_bytes=(stage.peak_bytes or 0) - saved,
+    )
 
 
 def _timed(
@@ -255,19 +282,11 @@ def _reason(found: Plan, bound: float, cores: int | None) -> str:
     return f"stage {k} also waits while tensors go from device to device"
 
 
-def _check(splits: Any, batch_size: Any, delay: Any, stash: Any) -> None:
-    for name, value, least in (
-        ("splits", splits, 1),
-        ("batch_size", batch_size, 1),
-        ("delay", delay, 0),
-    ):
+def _check(splits: Any, batch_size: Any) -> None:
+    for name, value in ("splits", splits), ("batch_size", batch_size):
         whole = isinstance(value, numbers.Integral)
-        if not whole or isinstance(value, bool) or value < least:
+        if not whole or isinstance(value, bool) or value < 1:
             raise ValueError(
-                f"Expected `{name}` to be a whole number of at least {least}. "
+                f"Expected `{name}` to be a whole number of at least 1. "
                 f"Received: {value!r}"
             )
-    if stash not in STASHES:
-        raise ValueError(
-            f"Expected `stash` to be one of {STASHES}. Received: {stash!r}"
-        )

@@ -19,7 +19,10 @@ class Profile:
         processor_s: Seconds of all cores together, for both.
         keeps_inputs: For each distinct input whether the backward reads it.
         keeps_outputs: Likewise for each output.
-        keeps_bytes: What else the backward reads, weights apart.
+        keeps_weights: Likewise for each trainable variable.
+        keeps_bytes: What else the backward reads.
+        views: For each output which distinct input it is in another shape, if
+            it is one: both are the same memory.
     """
 
     forward_s: float
@@ -27,7 +30,9 @@ class Profile:
     processor_s: float
     keeps_inputs: tuple[bool, ...]
     keeps_outputs: tuple[bool, ...]
+    keeps_weights: tuple[bool, ...]
     keeps_bytes: int
+    views: tuple[int | None, ...]
 
 
 class ProfileCache:
@@ -50,8 +55,9 @@ class ProfileCache:
         """Returns what is kept under a name, if it is and can be read."""
         try:
             record = json.loads((self._folder / f"{key}.json").read_text())
-            for name in ("keeps_inputs", "keeps_outputs"):
-                record[name] = tuple(record[name])
+            for name, value in record.items():
+                if isinstance(value, list):
+                    record[name] = tuple(value)
             return Profile(**record)
         except (OSError, ValueError, TypeError, KeyError):
             return None

@@ -8,6 +8,7 @@ is kept on disk, so that a plan of the same layers need not measure again.
 import dataclasses
 import functools
 import hashlib
+import itertools
 import os
 import statistics
 import time
@@ -107,47 +108,46 @@ class _Piece:
         part = Slice((node,), (), values, node.outputs)
         stage = Stage(0, part, device, True, jit_compile)
         outgoing = stage.trace(Boundary(values, specs=specs), [])
-        floating = [
-            spec.dtype.is_floating
-            for spec in outgoing.specs[: len(node.outputs)]
-        ]
+        sent = outgoing.specs[: len(node.outputs)]  # without masks
+        floating = [spec.dtype.is_floating for spec in sent]
         stage.cut(floating, "exact", wanted)
-        pair = stage.pair
-        with tf.device(device):
-            weights = [tf.identity(v.value) for v in stage.weights]
-            state = [tf.identity(v.value) for v in stage.state]
-            arguments = [*weights, *state, *map(_sample, specs)]
-            outputs, _, _, made = pair.forward(*arguments)
-            outputs = outputs[: len(node.outputs)]
-            given = [
-                _sample(tf.TensorSpec(t.shape, t.dtype))
-                for t, is_float in zip(outputs, floating)
-                if is_float
-            ]
-        self._calls = [(pair.forward, arguments)]
-        if pair.backward is not None:
-            kept = pair.stash(arguments, made)
-            self._calls.append((pair.backward, [*given, *kept]))
-        read = set(pair.stash_arguments)
-        first = len(weights) + len(state)
-        others = [
-            one for one in made if not any(_equal(o, one) for o in outputs)
-        ]
+        self._stage, self._specs = stage, specs
+        self._given = list(itertools.compress(sent, floating))
+        kept = stage.kept(batch_size)
         #: What is known without measuring.
         self.untimed = Profile(
             forward_s=0.0,
             backward_s=0.0,
             processor_s=0.0,
-            keeps_inputs=tuple(first + i in read for i in range(len(values))),
-            keeps_outputs=tuple(
-                any(_equal(output, one) for one in made) for output in outputs
+            keeps_inputs=kept.inputs,
+            keeps_outputs=kept.outputs[: len(node.outputs)],
+            keeps_weights=tuple(
+                any(
+                    v is w
+                    for w in itertools.compress(stage.weights, kept.weights)
+                )
+                for v in node.trainable_variables
             ),
-            keeps_bytes=sum(map(size_of, others)),
+            keeps_bytes=kept.other_bytes,
+            views=kept.views[: len(node.outputs)],
         )
 
     @functools.cached_property
     def _loops(self) -> list["_Loop"]:
-        return [_Loop(function, tensors) for function, tensors in self._calls]
+        stage, pair = self._stage, self._stage.pair
+        with tf.device(stage.device):
+            variables = [*stage.weights, *stage.state]
+            arguments = [
+                *(tf.identity(v.value) for v in variables),
+                *map(_sample, self._specs),
+            ]
+            *_, made = pair.forward(*arguments)
+            given = list(map(_sample, self._given))
+        loops = [_Loop(pair.forward, arguments)]
+        if pair.backward is not None:
+            kept = pair.stash(arguments, made)
+            loops.append(_Loop(pair.backward, [*given, *kept]))
+        return loops
 
     def run(self) -> Profile:
         """Measures once."""
@@ -241,12 +241,6 @@ def _sample(spec: tf.TensorSpec) -> tf.Tensor:
         values = tf.random.stateless_normal(spec.shape, [1, 2])
         return tf.cast(values, spec.dtype)
     return tf.zeros(spec.shape, spec.dtype)
-
-
-def _equal(a: tf.Tensor, b: tf.Tensor) -> bool:
-    if a.dtype != b.dtype or a.shape != b.shape or a.dtype == tf.variant:
-        return False
-    return bool(tf.reduce_all(tf.equal(a, b)))
 
 
 def needs_gradient(graph: Graph) -> list[bool]:

@@ -59,6 +59,11 @@ class Node:
         kept = keras.tree.flatten(states) if stateful else []
         return [*layer.variables, *metrics, *kept]
 
+    @property
+    def trainable_variables(self) -> list[keras.Variable]:
+        """Those that an optimizer updates, each once."""
+        return _unique(v for v in self.variables if v.trainable)
+
 
 @dataclass
 class Graph:

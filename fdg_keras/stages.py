@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from fdg_keras import _keras
 from fdg_keras.crossing import Stash, StashBytes
-from fdg_keras.linearize import Cut, Linearized, Pure
+from fdg_keras.linearize import Cut, Kept, Linearized, Pure
 from fdg_keras.slicing import Slice
 
 
@@ -202,6 +202,10 @@ class Stage:
             batch_size: Samples of a batch.
         """
         return self._linearized.stash_bytes(stash, batch_size)
+
+    def kept(self, batch_size: int) -> Kept:
+        """Returns what `stash="exact"` keeps, and where it is, after `cut`."""
+        return self._linearized.kept(batch_size)
 
     @property
     def has_backward(self) -> bool:

@@ -5,11 +5,13 @@
 
 Prints, for each network and stash mode, each in a process of its own:
 
-    predicted  MiB that wait in the stashes of all stages between two ticks,
-               from shapes alone (`Stage.stash_bytes`)
+    planned    MiB that wait in the stashes of all stages between two ticks,
+               as `fdg_keras.plan` says before any stage is there
+    predicted  the same, by the stages themselves: from the shapes of what
+               their backwards read (`Stage.stash_bytes`)
     held       MiB found there: the memory behind the tensors that were
                dequeued, each piece once, without the weights of today
-    ratio      predicted / held
+    ratios     planned / held and predicted / held
     at most    MiB predicted for the moment between F and B of a tick
     grown      MiB by which the process' resident memory has grown since the
                stages were compiled: `held` and all that a tick works with
@@ -32,7 +34,7 @@ import numpy as np
 import psutil
 import tensorflow as tf
 
-from fdg_keras import Trainer, delays
+from fdg_keras import Trainer, delays, plan
 from fdg_keras.crossing import STASHES
 from trainers import models
 
@@ -91,6 +93,7 @@ class Stages(bench_speed.Linked):
         devices = [f"CPU:{k}" for k in range(splits)]
         self.trainer = Trainer(self._model, splits, devices, delay, stash=stash)
         self._late = delays.stage_delay(0, splits, delay)
+        self._delay, self._stash = delay, stash
         self.usage = []
         self.looks = None
         with super().pipeline() as (pipeline, _):
@@ -107,6 +110,22 @@ class Stages(bench_speed.Linked):
                 yield pipeline, batches
             finally:
                 pipeline.loops = loops
+
+    def planned(self, batch):
+        """Bytes between two ticks for each stage, by a plan."""
+        splits = len(self.stages)
+        found = plan(
+            self._model,
+            splits,
+            batch,
+            delay=self._delay,
+            stash=self._stash,
+            measure=False,
+        )
+        for stage, sized in zip(self.stages, found.stages):
+            # A plan counts the batch that is between F and B, too.
+            last = stage.stash_bytes(self._stash, batch).batch
+            yield sized.stash_bytes - last
 
     def grown(self):
         """Bytes of resident memory when the first stage began to drain."""
@@ -162,8 +181,11 @@ def measure(network, batch, splits, delay, stash, steps, rounds):
             look.late,
             delays.in_flight(k, splits, delay, "forward_first"),
             look.held,
+            planned,
         )
-        for k, (stage, look) in enumerate(zip(stages.stages, stages.looks))
+        for k, (stage, look, planned) in enumerate(
+            zip(stages.stages, stages.looks, stages.planned(batch))
+        )
     ]
     return {
         "network": network,
@@ -173,7 +195,12 @@ def measure(network, batch, splits, delay, stash, steps, rounds):
         "stash": stash,
         **{
             key: sum(stage[key] for stage in found)
-            for key in ("predicted_bytes", "held_bytes", "at_most_bytes")
+            for key in (
+                "planned_bytes",
+                "predicted_bytes",
+                "held_bytes",
+                "at_most_bytes",
+            )
         },
         "grown_bytes": grown,
         "step_ms": statistics.median(times),
@@ -182,8 +209,9 @@ def measure(network, batch, splits, delay, stash, steps, rounds):
     }
 
 
-def _stage(size, late, in_flight, held):
+def _stage(size, late, in_flight, held, planned):
     return {
+        "planned_bytes": planned,
         "predicted_bytes": size.total(late, late),
         "held_bytes": held,
         "at_most_bytes": size.total(in_flight, late),
@@ -204,11 +232,15 @@ def configure(splits):
 
 def _row(case):
     mib = {k: v / MIB for k, v in case.items() if k.endswith("_bytes")}
-    ratio = case["predicted_bytes"] / max(case["held_bytes"], 1)
+    held = max(case["held_bytes"], 1)
+    planned, predicted = (
+        case[key] / held for key in ("planned_bytes", "predicted_bytes")
+    )
     return (
         f"{case['network']:<12}{case['stash']:<10}"
-        f"{mib['predicted_bytes']:>10.1f}{mib['held_bytes']:>10.1f}"
-        f"{ratio:>8.3f}{mib['at_most_bytes']:>10.1f}"
+        f"{mib['planned_bytes']:>10.1f}{mib['predicted_bytes']:>10.1f}"
+        f"{mib['held_bytes']:>10.1f}{planned:>8.3f}{predicted:>7.3f}"
+        f"{mib['at_most_bytes']:>10.1f}"
         f"{mib['grown_bytes']:>10.1f}{case['step_ms']:>10.1f}"
     )
 
@@ -230,8 +262,8 @@ def main():
     print(", ".join(f"{k} {v}" for k, v in result["machine"].items()))
     print(f"batch {args.batch}, K={args.splits}, delay={args.delay}")
     print(
-        f"{'network':<12}{'stash':<10}{'predicted':>10}{'held':>10}"
-        f"{'ratio':>8}{'at most':>10}{'grown':>10}{'step':>10}"
+        f"{'network':<12}{'stash':<10}{'planned':>10}{'predicted':>10}"
+        f"{'held':>10}{'ratios':>15}{'at most':>10}{'grown':>10}{'step':>10}"
     )
     sizes = (args.batch, args.splits, args.delay)
     # A process for each case: memory that was freed may stay with it.

@@ -6,7 +6,7 @@
 Measures each network with `fdg_keras.plan`, cuts it into K = 2, 3, 4 and 8
 stages, and prints
 
-    plan s     seconds that measuring took, the first time
+    plan s     seconds that measuring took, nothing being known before
     best       the slowest stage of the best cuts there are, over that of the
                plan's, both by the measured costs of layers: 1.00 is perfect.
                Found in another way than the plan's: for K = 2 and 3 by trying
@@ -34,6 +34,7 @@ import json
 import os
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -243,17 +244,22 @@ def end_to_end(name, batch, plan, rounds):
     return {**found, "gain": statistics.median(ratios), "rounds_ms": times}
 
 
-def measure(name, splits, rounds, cache_dir):
-    """Measures one network; yields entries of the JSON file."""
+def measure(name, splits, rounds):
+    """Measures one network; yields entries of the JSON file.
+
+    Layers are measured anew for each number of stages, shortly before the
+    stages are: the machine may be faster or slower at another time.
+    """
     batch = CASES[name]
     for count in splits:
         built = build(name, batch)
         devices = [f"CPU:{k}" for k in range(count)]
         with one_core():
             start = time.perf_counter()
-            plan = fdg_keras.plan(
-                built[0], count, batch, devices, cache_dir=cache_dir
-            )
+            with tempfile.TemporaryDirectory() as fresh:
+                plan = fdg_keras.plan(
+                    built[0], count, batch, devices, cache_dir=fresh
+                )
             seconds = time.perf_counter() - start
             predicted, measured = alone(built, plan, rounds)
         graph = trace_graph(built[0])
@@ -301,9 +307,6 @@ def main():
     parser.add_argument("--models", nargs="+", choices=CASES, default=[*CASES])
     parser.add_argument("--splits", nargs="+", type=int, default=SPLITS)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument(
-        "--cache_dir", help="kept measurements; default: those of the user"
-    )
     args = parser.parse_args()
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.set_visible_devices([], "GPU")
@@ -320,7 +323,7 @@ def main():
         f"  {'step plan':>9}{'operations':>11}{'parameters':>11}{'gain':>6}"
     )
     for name in args.models:
-        for entry in measure(name, args.splits, args.rounds, args.cache_dir):
+        for entry in measure(name, args.splits, args.rounds):
             result["cases"].append(entry)
             print(_row(entry), flush=True)
             if args.json:

@@ -10,9 +10,9 @@ from keras import layers
 
 from fdg_keras.memory import Ledger, Room
 from fdg_keras.planning import choose_cuts, legal_ends
-from fdg_keras.profiling import batch_spec, profile, size_of
+from fdg_keras.profiling import profile
 from fdg_keras.slicing import cut_graph, trace_graph
-from fdg_keras.stages import Boundary, Stage
+from fdg_keras.stashes import traced_stashes
 from trainers import models
 
 DEVICE = "/job:localhost/replica:0/task:0/device:CPU:0"
@@ -21,32 +21,8 @@ BATCH = 8
 
 def traced(graph, cuts, stash):
     """The bytes that each stage keeps of a batch, weights apart."""
-    parts = cut_graph(graph, cuts)
-    stages = [Stage(k, p, DEVICE, True, False) for k, p in enumerate(parts)]
-    boundary = Boundary()
-    for stage in stages:
-        feeds = [
-            batch_spec(graph.symbols[value], BATCH)
-            for value in stage.slice.feeds
-        ]
-        boundary = stage.trace(boundary, feeds)
-    count = len(boundary.values)
-    has_gradient = [s.dtype.is_floating for s in boundary.specs[:count]]
-    for stage in reversed(stages):
-        before = stages[: stage.index]
-        has_gradient = stage.cut(
-            has_gradient, stash, any(s.weights for s in before)
-        )
-    return [
-        sum(
-            size_of(spec)
-            for spec, argument in zip(
-                stage.pair.stash_specs, stage.pair.stash_arguments
-            )
-            if argument is None or argument >= len(stage.weights)
-        )
-        for stage in stages
-    ]
+    found = traced_stashes(graph, cut_graph(graph, cuts), DEVICE, BATCH, stash)
+    return [size.batch for size in found]
 
 
 def ledger_of(graph, stash="exact", delay=2, slots=1.0):
@@ -86,10 +62,11 @@ def chain():
 def test_peak_by_hand():
     """The middle one of three layers, three stages, delay 2, momentum."""
     ledger = ledger_of(chain())
-    weights, value = 4 * (16 + 4), 4 * BATCH * 4
+    kernel, weights, value = 4 * 16, 4 * (16 + 4), 4 * BATCH * 4
     late = 2
     expected = (
-        weights * (1 + 1 + 1 + late)  # themselves, slot, gradient, copies
+        weights * (1 + 1 + 1)  # themselves, slot, gradient
+        + late * kernel  # copies; no backward reads a bias
         + (late + 1) * value  # its input
         + 3 * value
         + 3 * value  # links: activations, gradients

@@ -13,12 +13,15 @@ from keras import layers
 
 import fdg_keras
 from fdg_keras import Plan, Trainer, planner
+from fdg_keras.crossing import STASHES
 from fdg_keras.planning import choose_cuts, with_measured
 from fdg_keras.profiles import Profile, ProfileCache
 from fdg_keras.profiling import profile
+from fdg_keras.rates import UpdateRate, transfer_rate
 from fdg_keras.resources import Cable
 from fdg_keras.simulation import simulate
-from fdg_keras.slicing import trace_graph
+from fdg_keras.slicing import cut_graph, trace_graph
+from fdg_keras.stashes import traced_stashes
 
 DEVICE = "/job:localhost/replica:0/task:0/device:CPU:0"
 
@@ -87,6 +90,89 @@ def test_the_cuts_are_the_best_of_all():
     np.testing.assert_allclose(slowest, best)
 
 
+def far_apart(monkeypatch, latency, for_a_byte):
+    """Has all devices hand over as slowly as that."""
+    monkeypatch.setattr(planner, "_share_memory", lambda a, b: False)
+    monkeypatch.setattr(
+        planner, "transfer_rate", lambda a, b: (latency, for_a_byte)
+    )
+
+
+def test_handing_over_is_paid_on_both_sides(monkeypatch, tmp_path):
+    monkeypatch.setattr(planner, "update_rate", lambda *_: UpdateRate(0.0, 1.0))
+    model, devices = network(), [f"CPU:{k}" for k in range(3)]
+    near = fdg_keras.plan(model, 3, 8, devices, cache_dir=tmp_path)
+    # Not so long that the best would be to have little in the middle.
+    far_apart(monkeypatch, 1e-7, 0.0)
+    far = fdg_keras.plan(model, 3, 8, devices, cache_dir=tmp_path)
+    assert far.cuts == near.cuts
+    forward = [
+        b.forward_s - a.forward_s for a, b in zip(near.stages, far.stages)
+    ]
+    backward = [
+        b.backward_s - a.backward_s for a, b in zip(near.stages, far.stages)
+    ]
+    np.testing.assert_allclose(forward, [1e-7, 1e-7, 0.0], atol=1e-12)
+    np.testing.assert_allclose(backward, [0.0, 1e-7, 1e-7], atol=1e-12)
+
+
+def test_slow_links_are_cut_where_little_crosses(monkeypatch):
+    inputs = keras.Input((64,))
+    h = layers.Dense(64, name="wide")(inputs)
+    h = layers.Dense(1, name="narrow")(h)
+    h = layers.Dense(64, name="wide_again")(h)
+    for i in range(4):
+        h = layers.Dense(64, name=f"d{i}")(h)
+    model = keras.Model(inputs, h)
+    model.compile("sgd", "mse")
+    far_apart(monkeypatch, 0.0, 1.0)
+    plan = fdg_keras.plan(model, 2, 8, ["CPU:0", "CPU:1"])
+    assert plan.stages[0].layers[-1] == "narrow"
+    assert plan.stages[0].sends_bytes == 4 * 8
+
+
+def test_a_slow_device_gets_less_to_do(monkeypatch):
+    """Of devices that differ, each is measured."""
+    measured = []
+
+    def slower(graph, batch_size, device, *rest):
+        measured.append(device[-1])
+        seconds = 3.0 if device.endswith("0") else 1.0
+        return [
+            dataclasses.replace(p, forward_s=seconds, backward_s=0.0)
+            for p in profile(graph, batch_size, device, False, False)
+        ]
+
+    monkeypatch.setattr(planner, "description", lambda name: name)
+    monkeypatch.setattr(planner, "profile", slower)
+    monkeypatch.setattr(planner, "update_rate", lambda *_: UpdateRate(0.0, 1.0))
+    model = keras.Sequential(
+        [keras.Input((4,)), *(layers.Dense(4) for _ in range(8))]
+    )
+    plan = fdg_keras.plan(_compiled(model), 2, 8, ["CPU:0", "CPU:1"])
+    assert measured == ["0", "1"]
+    assert [len(stage.layers) for stage in plan.stages] == [2, 6]
+
+
+def test_a_transfer_takes_time():
+    latency, for_a_byte = transfer_rate(DEVICE, DEVICE[:-1] + "1")
+    assert latency > 0
+    assert for_a_byte >= 0
+
+
+@pytest.mark.parametrize("stash", STASHES)
+def test_bytes_of_each_mode(stash):
+    """What a plan counts is what the stages, once traced, would keep."""
+    model = network()
+    graph = trace_graph(model)
+    plan = fdg_keras.plan(model, 3, 8, stash=stash, measure=False)
+    slices = cut_graph(graph, [end - 1 for end in plan.cuts])
+    traced = traced_stashes(graph, slices, DEVICE, 8, stash)
+    for late, stage, size in zip((4, 2), plan.stages, traced):
+        assert stage.stash_bytes == size.total(late + 1, late)
+        assert stage.peak_bytes > stage.stash_bytes
+
+
 def test_what_is_alike_is_measured_once(monkeypatch):
     made = []
     init = fdg_keras.profiling._Piece.__init__
@@ -113,7 +199,9 @@ def test_what_was_measured_is_kept(monkeypatch, tmp_path):
 
 
 def test_a_cache_never_fails(tmp_path):
-    found = Profile(1.0, 2.0, 3.0, (True, False), (False,), 12)
+    found = Profile(
+        1.0, 2.0, 3.0, (True, False), (False,), (True,), 12, (0, None)
+    )
     cache = ProfileCache(tmp_path)
     cache.write("one", found)
     assert cache.read("one") == found
