@@ -220,6 +220,21 @@ def test_losses_are_after_blocks(splits):
 # -- Accumulation, data parallelism -------------------------------------------
 
 
+def test_local_losses_of_a_very_deep_network():
+    """ResNet-1202 has more layers than Python allows calls in calls."""
+    inputs = h = keras.Input((2, 2, 3))
+    for i in range(1200):
+        h = keras.layers.Activation("relu", name=f"block{i}")(h)
+    pooled = keras.layers.GlobalAveragePooling2D()(h)
+    logits = keras.layers.Dense(4, name="logits")(pooled)
+    with models.deep_recursion():
+        model = keras.Model(inputs, logits)
+    wider = local_losses.add(model, ["block600"])
+    assert local_losses.cuts(wider) == ["block600_local_loss"]
+    again = local_losses.remove(wider)
+    assert list(map(id, again.layers)) == list(map(id, model.layers))
+
+
 def test_accumulation_is_that_of_the_optimizer(run, data, cpus):
     accumulated = run(recipe_of("adl:accumulate=2"))
     accumulated.train(verbose=0)

@@ -22,6 +22,7 @@ from keras import KerasTensor
 
 from fdg_keras.planning import choose_cuts
 from fdg_keras.slicing import trace_graph
+from trainers import models
 
 
 @keras.saving.register_keras_serializable("trainers")
@@ -94,8 +95,9 @@ def add(model: keras.Model, splits: int | Sequence[str]) -> keras.Model:
         return Detach(name=f"{name}_detach")(x)
 
     inputs = [model.inputs[0], labels]
-    wider = keras.Model(inputs, model.outputs, name=model.name)
-    return _again(wider, inputs, call)
+    with models.deep_recursion():
+        wider = keras.Model(inputs, model.outputs, name=model.name)
+        return _again(wider, inputs, call)
 
 
 def remove(model: keras.Model) -> keras.Model:
@@ -107,7 +109,8 @@ def remove(model: keras.Model) -> keras.Model:
         return layer(*args, **kwargs)
 
     inputs = model.inputs
-    return keras.Model(inputs[0], _again(model, inputs, call).outputs[0])
+    with models.deep_recursion():
+        return keras.Model(inputs[0], _again(model, inputs, call).outputs[0])
 
 
 def cuts(model: keras.Model) -> list[str]:

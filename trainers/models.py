@@ -102,7 +102,7 @@ def build(
     make = dataclasses.replace(network.layers, weight_decay=weight_decay)
     inputs = keras.Input(input_shape or network.input_shape, name="image")
     outputs = make.head(network.features(make, inputs), num_classes)
-    with _deep_recursion():
+    with deep_recursion():
         return keras.Model(inputs, outputs, name=name)
 
 
@@ -115,12 +115,12 @@ def load(path: pathlib.Path) -> keras.Model:
     Returns:
         The model, compiled as it was, with its optimizer's state.
     """
-    with _deep_recursion():
+    with deep_recursion():
         return keras.saving.load_model(path)
 
 
 @contextlib.contextmanager
-def _deep_recursion() -> Iterator[None]:
+def deep_recursion() -> Iterator[None]:
     """Lets Keras walk through thousands of layers.
 
     It follows a model from the outputs to the inputs by recursion, a frame or
