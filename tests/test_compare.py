@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import signal
 import time
 import xml.etree.ElementTree
 
@@ -206,6 +207,25 @@ def test_a_folder_of_other_settings_is_refused(tmp_path):
     config.write_text(json.dumps([{"settings": {**now, "splits": 3}}]))
     with pytest.raises(ValueError, match=r"Received: splits=2 \(was 3\) in /"):
         processes.check_same(tmp_path, BASE)
+
+
+@pytest.mark.slow
+def test_interrupted(tmp_path):
+    """The run ends, too, and one line says how to go on."""
+    flags = ("--smoke", "--runs=bp", f"--data_dir={tmp_path}")
+    with start("compare", *flags, f"--model_dir={tmp_path}/out") as process:
+        while "Run 1 of 1" not in (process.stdout.readline() or "Run 1 of 1"):
+            pass
+        while not (children := psutil.Process(process.pid).children()):
+            time.sleep(0.1)
+        time.sleep(2)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT, err
+    assert f"the same command with --model_dir={tmp_path}/out" in err
+    assert "Traceback" not in err
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert not alive
 
 
 @pytest.mark.slow

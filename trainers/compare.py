@@ -3,8 +3,8 @@
 Each method is trained with each seed, one run after the other, each in a
 process and a folder of its own. After each, `table.md`, `table.csv` and plots
 of the test error in `--model_dir` are made anew, beside what the paper reports.
-Killed at any moment, the same command goes on where it was: what has ended is
-read, what had begun is resumed.
+Interrupted or killed at any moment, the same command goes on where it was: what
+has ended is read, what had begun is resumed.
 
     python -m trainers.compare --smoke
     python -m trainers.compare --model=resnet56 --seeds=0,1,2 \
@@ -28,6 +28,7 @@ runs, whose test errors are near 90 %. The others were not measured here.
 
 import dataclasses
 import pathlib
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -152,14 +153,22 @@ def main(argv: list[str]) -> None:
             print(f"{title}: has ended before", flush=True)
             continue
         print(f"\n{title}", flush=True)
-        processes.train(
-            recipe,
-            folder,
-            FLAGS.data_dir,
-            FLAGS.download,
-            FLAGS.devices,
-            FLAGS.virtual_devices,
-        )
+        try:
+            processes.train(
+                recipe,
+                folder,
+                FLAGS.data_dir,
+                FLAGS.download,
+                FLAGS.devices,
+                FLAGS.virtual_devices,
+            )
+        except KeyboardInterrupt:
+            print(
+                "\nInterrupted. To go on from the last end of an epoch: the "
+                f"same command with --model_dir={root}",
+                file=sys.stderr,
+            )
+            sys.exit(128 + signal.SIGINT)
         write_all(root, variants, seeds)
 
     # ---- What came of it ------------------------------------------------

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import pathlib
+import signal
 import sys
 import threading
 from collections.abc import Sequence
@@ -104,7 +105,8 @@ def train(
 ) -> None:
     """Trains to the end, from where the run in the folder had stopped.
 
-    If that fails, it has been printed why, and there is no result.
+    If that fails, it has been printed why, and there is no result. Call it in
+    the main thread.
 
     Args:
         recipe: What to do.
@@ -119,8 +121,18 @@ def train(
         target=_train,
         args=(recipe, folder, data_dir, download, devices, virtual_devices),
     )
-    process.start()
-    process.join()
+    # Ctrl-C is for this process, which ends the other: it can at any moment.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process.start()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    try:
+        process.join()
+    except KeyboardInterrupt:
+        process.kill()
+        process.join()
+        raise
 
 
 def _train(
