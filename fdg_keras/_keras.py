@@ -78,6 +78,26 @@ def run_operation(
     return operation_fn(operation, training=training)(*args, **kwargs)
 
 
+@contextlib.contextmanager
+def one_call(layer: keras.layers.Layer, training: bool) -> Iterator[None]:
+    """Within, calls of layers are parts of a call of `layer`.
+
+    So a layer that is called twice keeps the losses of both calls, and layers
+    deep within others learn whether they train, as in a model.
+
+    Private: `Layer._get_call_context` and `Layer._maybe_reset_call_context`.
+
+    Args:
+        layer: Holds the others. No other call may be going on.
+        training: Whether layers run in training mode.
+    """
+    layer._get_call_context().set_value("training", training)
+    try:
+        yield
+    finally:
+        layer._maybe_reset_call_context()
+
+
 def standardize_inputs(functional: Functional, x: Any) -> list[tf.Tensor]:
     """Returns model inputs in the order, dtype and rank the graph wants.
 

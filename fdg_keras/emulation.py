@@ -138,7 +138,7 @@ class Emulation:
                         rates.append(learning_rate())
                 rate = rates.popleft()
                 for update in self._updates:
-                    update.set_learning_rate(tf.constant(rate, tf.float32))
+                    update.set_learning_rate(tf.constant(rate, tf.float64))
                 stop = min(position + window, limit or position + window)
                 while position < stop and not last:
                     last = not self._draw(epoch, position)

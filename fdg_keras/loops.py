@@ -108,7 +108,7 @@ class Loop:
                 tf.constant(fill),
                 tf.constant(steady),
                 tf.constant(drain),
-                tf.constant(learning_rate, tf.float32),
+                tf.constant(learning_rate, tf.float64),
             )
         )
 
@@ -168,7 +168,7 @@ class Loop:
         count = tf.TensorSpec((), tf.int32)
         function = tf.function(run, autograph=False)
         return function.get_concrete_function(
-            count, count, count, tf.TensorSpec((), tf.float32)
+            count, count, count, tf.TensorSpec((), tf.float64)
         )
 
     def _repeat(

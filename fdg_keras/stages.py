@@ -97,6 +97,7 @@ class Stage:
         self.jit_compile = jit_compile
         self.weights = slice_.trainable_variables
         self.state = slice_.state_variables
+        self._whole = _Whole(slice_.layers)
         self._scored = scored
         self._linearized: Linearized
         self.pair: Cut
@@ -236,12 +237,9 @@ class Stage:
         before = [scope.get_current_value(v) for v in variables]
         known = set(scope.state_mapping)
         with scope:
-            self.slice.run(values, self.training)
-            losses = [
-                _scalar(loss)
-                for layer in self.slice.layers
-                for loss in layer.losses
-            ]
+            with _keras.one_call(self._whole, self.training):
+                self.slice.run(values, self.training)
+            losses = [_scalar(loss) for loss in self._whole.losses]
         after = [scope.get_current_value(v) for v in variables]
         self._check_updates(scope, known, before, after)
         sends = [values[v] for v in self.slice.sends]
@@ -321,6 +319,18 @@ def check_gradients(
             "trainable weights, by operations that can be differentiated. "
             f"Received: a model with the weights {paths[:5]}"
         )
+
+
+class _Whole(keras.layers.Layer):
+    """Holds layers, so that Keras knows of the losses of all of them.
+
+    That is of each call its own, and of each variable its regularizer's once,
+    whichever layers have it.
+    """
+
+    def __init__(self, layers: Sequence[keras.layers.Layer]):
+        super().__init__()
+        self._held = list(layers)
 
 
 class _Scope(keras.StatelessScope):

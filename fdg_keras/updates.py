@@ -46,12 +46,17 @@ class Update:
         self._function = compiled(self._apply)
 
     def set_learning_rate(self, learning_rate: tf.Tensor) -> None:
-        """Sets the rate of the updates that follow, but for a schedule's."""
+        """Sets the rate of the updates that follow, but for a schedule's.
+
+        Args:
+            learning_rate: float64, the type of the numbers that users give:
+                weights may be float64, too.
+        """
         if self._optimizer is None:
             return
         source = _keras.learning_rate_of(self._optimizer)
         if isinstance(source, keras.Variable):
-            source.assign(learning_rate)
+            source.assign(tf.cast(learning_rate, source.dtype))
 
     def learning_rate(self) -> float:
         """Returns the rate of the next update, corrections included."""

@@ -126,7 +126,9 @@ def build(recipe: Recipe) -> zoo.Case:
                 from_logits=True
             )
         else:
-            y[name] = random.standard_normal(shape).astype("float32")
+            y[name] = random.standard_normal(shape).astype(
+                keras.config.floatx()
+            )
             losses[name] = keras.losses.Huber()
 
     def packed(found: dict) -> Any:
@@ -177,7 +179,7 @@ class _Making:
             return symbol, x
         shape = {"vector": (6,), "image": (4, 4, 2)}.get(kind, (5, 3))
         symbol = keras.Input(shape, name=name)
-        x = random.standard_normal((n, *shape)).astype("float32")
+        x = random.standard_normal((n, *shape)).astype(keras.config.floatx())
         if kind == "masked":
             x[:, 1:][random.rand(n, 4) < 0.4] = 0
             self.found.append(self.layer(layers.Masking)(symbol))
@@ -470,10 +472,21 @@ def _one_hot(m: _Making, a: Any, s: Step) -> Any:
 
 @_kind(ANY)
 def _shared_dense(m: _Making, a: Any, s: Step) -> Any:
-    """On two tensors at once, or twice on one; and maybe again later."""
+    """On two tensors at once, or twice on one; and maybe again later.
+
+    Each of its calls adds a loss, its kernel one for all.
+    """
     width = a.shape[-1]
+    l2 = keras.regularizers.L2(0.05)
     dense = m.shared(
-        ("dense", width), lambda: m.layer(layers.Dense, width, "tanh")
+        ("dense", width),
+        lambda: m.layer(
+            layers.Dense,
+            width,
+            "tanh",
+            kernel_regularizer=l2,
+            activity_regularizer=l2,
+        ),
     )
     if s.size % 2:
         return m.layer(layers.Subtract)([dense(a), dense(m.other(a, s))])

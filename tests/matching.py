@@ -27,15 +27,18 @@ def errors(actual: keras.Model, expected: keras.Model) -> list[float]:
 
 
 def assert_same_weights(
-    actual: keras.Model, expected: keras.Model, context: str = ""
+    actual: keras.Model,
+    expected: keras.Model,
+    context: str = "",
+    tolerance: float = TOLERANCE,
 ) -> None:
-    """Every variable of the models equals within TOLERANCE."""
+    """Every variable of the models equals within a tolerance."""
     found = errors(actual, expected)
     worst = int(np.argmax(found))
     # Written so that NaN fails.
-    assert found[worst] <= TOLERANCE, (
+    assert found[worst] <= tolerance, (
         f"{actual.variables[worst].path} is off by {found[worst]:.2g} of its "
-        f"largest entry, {sum(not e <= TOLERANCE for e in found)} of "
+        f"largest entry, {sum(not e <= tolerance for e in found)} of "
         f"{len(found)} variables are off{context}"
     )
 

@@ -109,8 +109,12 @@ def stage_weights(model: keras.Model, stages) -> list[list[keras.Variable]]:
 
 def own_loss(layers) -> tf.Tensor:
     """Regularizers, activity losses and `add_loss` of a stage's layers."""
-    terms = [tf.reduce_sum(term) for layer in layers for term in layer.losses]
-    return tf.add_n(terms) if terms else tf.zeros([])
+    holder = keras.layers.Layer()
+    holder.layers = list(
+        layers
+    )  # A variable that two of them have counts once.
+    terms = [tf.reduce_sum(term) for term in holder.losses]
+    return tf.add_n(terms) if terms else tf.zeros([], keras.config.floatx())
 
 
 def main_loss(loss: Any, y: Any, outputs: Any, sample_weight: Any = None):

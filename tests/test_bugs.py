@@ -1121,3 +1121,118 @@ def test_what_an_optimizer_was_given_to_call():
     expected.fit(x, y, shuffle=False, verbose=0)
     for a, b in zip(model.weights, expected.weights):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def float64():
+    """Has Keras compute in float64."""
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
+    yield
+    keras.config.set_floatx("float32")
+
+
+@pytest.mark.parametrize("emulate", [False, True])
+@pytest.mark.usefixtures("float64")
+def test_a_learning_rate_in_float64(emulate):
+    """It went through float32, and lost half of its digits."""
+
+    def make():
+        keras.utils.set_random_seed(1)
+        model = keras.Sequential(
+            [
+                keras.Input((4,)),
+                keras.layers.Dense(3, "tanh"),
+                keras.layers.Dense(1),
+            ]
+        )
+        model.compile(keras.optimizers.SGD(0.1, momentum=0.9), "mse")
+        return model
+
+    model, expected = make(), make()
+    x, y = np.random.rand(16, 4), np.random.rand(16)
+    trainer = fdg_keras.Trainer(
+        model, 2, ["CPU:0"] * 2, delay=0, emulate=emulate
+    )
+    given = {"batch_size": 4, "epochs": 2, "shuffle": False, "verbose": 0}
+    found = trainer.fit(x, y, **given).history["loss"]
+    wanted = expected.fit(x, y, **given).history["loss"]
+    np.testing.assert_allclose(found, wanted, rtol=1e-12)
+    for a, b in zip(model.weights, expected.weights):
+        assert a.dtype == "float64"
+        np.testing.assert_allclose(a, b, rtol=1e-12)
+
+
+def activity_of_each_call():
+    inputs = keras.Input((4,))
+    dense = keras.layers.Dense(
+        4, "tanh", activity_regularizer=keras.regularizers.L2(0.5)
+    )
+    return keras.Model(inputs, keras.layers.Dense(2)(dense(dense(inputs))))
+
+
+def activity_within_a_shared_model():
+    encoder = keras.Sequential(
+        [
+            keras.Input((4,)),
+            keras.layers.Dense(3, activity_regularizer="l2"),
+        ]
+    )
+    left, right = keras.Input((4,)), keras.Input((4,))
+    h = keras.layers.Subtract()([encoder(left), encoder(right)])
+    return keras.Model([left, right], keras.layers.Dense(2)(h))
+
+
+class Transposed(keras.layers.Layer):
+    """Multiplies by the table of an embedding."""
+
+    def __init__(self, embedding):
+        super().__init__()
+        self.embedding = embedding
+
+    def call(self, x):
+        return x @ keras.ops.transpose(self.embedding.embeddings)
+
+
+def regularizer_of_a_tied_table():
+    inputs = keras.Input((4,))
+    embedding = keras.layers.Embedding(5, 3, embeddings_regularizer="l2")
+    h = keras.layers.Dense(3)(embedding(inputs))
+    h = keras.layers.GlobalAveragePooling1D()(Transposed(embedding)(h))
+    return keras.Model(inputs, h)
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize(
+    "make",
+    [
+        activity_of_each_call,
+        activity_within_a_shared_model,
+        regularizer_of_a_tied_table,
+    ],
+)
+def test_losses_of_what_is_used_twice(make, splits):
+    """Of the calls of a layer only the last one's losses counted.
+
+    And the regularizer of a variable counted once for each layer that has it.
+    """
+    random = np.random.RandomState(1)
+    x = random.randint(0, 5, (16, 4)).astype("float32")
+    found = []
+    for staged in True, False:
+        keras.utils.set_random_seed(1)
+        model = make()
+        model.compile(keras.optimizers.SGD(0.01), "mse")
+        y = np.linspace(0, 1, 16 * model.output_shape[1]).reshape(16, -1)
+        fit = functools.partial(fdg_keras.fit, model, splits=splits, delay=0)
+        history = (fit if staged else model.fit)(
+            [x, 1 - x] if len(model.inputs) > 1 else x,
+            y,
+            batch_size=4,
+            epochs=2,
+            shuffle=False,
+            verbose=0,
+        )
+        found.append((history.history["loss"], *model.get_weights()))
+    for actual, expected in zip(*found):
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-7)

@@ -125,6 +125,33 @@ def test_run_operation_runs_what_takes_no_training(model):
     np.testing.assert_array_equal(found, one(x))
 
 
+def test_one_call():
+    """Both losses of a layer that is called twice, until the next call."""
+    holder = keras.layers.Layer()
+    holder.inner = keras.layers.Dense(2, activity_regularizer="l2")
+    x = keras.ops.ones((1, 2))
+    for _ in range(2):
+        with _keras.one_call(holder, training=True):
+            holder.inner(holder.inner(x))
+        assert len(holder.losses) == 2
+    holder.inner(x)
+    assert len(holder.losses) == 1
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_one_call_says_whether_it_trains(training):
+    class Asks(keras.layers.Layer):
+        def call(self, x, training=None):
+            self.asked = training
+            return x
+
+    holder = keras.layers.Layer()
+    holder.inner = Asks()
+    with _keras.one_call(holder, training):
+        holder.inner(keras.ops.ones((1, 2)))
+    assert holder.inner.asked is training
+
+
 def test_standardize_inputs():
     b = keras.Input((1,), name="b", dtype="int32")
     a = keras.Input((2,), name="a")
