@@ -6,6 +6,7 @@ need and pulled into their links by a compiled loop, in the feeder's thread.
 """
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -75,8 +76,21 @@ class Batches:
         x_spec, y, weight = keras.utils.unpack_x_y_sample_weight(
             dataset.element_spec
         )
+        if not all(
+            isinstance(spec, tf.TensorSpec) for spec in tf.nest.flatten(x_spec)
+        ):
+            raise ValueError(
+                "Expected a tensor for each of the model's inputs. Optional "
+                "inputs are not supported: pass zeros, say, or make a model "
+                f"without them. Received: inputs of {x_spec}"
+            )
         _keras.check_names(graph.functional, x_spec)
         in_tuples = isinstance(dataset.element_spec, tuple)
+
+        present = [
+            spec is not None
+            for spec in tf.nest.flatten(_tensors_only((y, weight)))
+        ]
 
         def arrange(*element: Any) -> tuple[tuple, tuple]:
             x, y, weight = keras.utils.unpack_x_y_sample_weight(
@@ -84,7 +98,7 @@ class Batches:
             )
             inputs = _keras.standardize_inputs(graph.functional, x)
             size = tf.shape(inputs[0])[0]
-            targets = [t for t in tf.nest.flatten((y, weight)) if t is not None]
+            targets = itertools.compress(tf.nest.flatten((y, weight)), present)
             return tuple(inputs), (*targets, size)
 
         try:
@@ -123,7 +137,11 @@ class Batches:
             self._iterator = iter(self.dataset)
             self._drawn = 0
         self._failures.clear()
-        epoch = Epoch(self._iterator, self.steps, self._failures)
+        limit, known = self.steps, self._adapter.num_batches
+        if limit and known:
+            # As Keras: no batch begins that is known not to come.
+            limit = min(limit, known - self._drawn)
+        epoch = Epoch(self._iterator, limit, self._failures)
         try:
             yield epoch
         finally:

@@ -94,6 +94,8 @@ class Deployment:
         self._left: list[Pipeline | Emulation] = []
         self._jit_compile = False
         self._functions: dict[str, Any] = {}
+        # As they were when training was built, until the first epoch of it.
+        self._attributes: dict | None = None
         self.statistics: list[StageStatistics] = []
 
     def __enter__(self) -> "Deployment":
@@ -140,6 +142,13 @@ class Deployment:
         until_pause: Callable[[], int | None],
     ) -> None:
         """Runs one epoch, within the context. See `Conductor.run`."""
+        if mode == "train" and self._attributes is not None:
+            # What callbacks have set since, Keras would trace with.
+            known, self._attributes = self._attributes, None
+            now = _attributes(self.model)
+            if now != known:
+                changes = dict(now.items() - known.items())
+                self._rebuild(batches.spec, changes)
         built = self.build(mode, batches.spec, goes_on=mode == "train")
         optimizers = built.optimizers
         run = _runner(built.pipeline, pace)
@@ -208,22 +217,59 @@ class Deployment:
             # one to take it apart.
             self._left.append(built.pipeline)
         pipeline, optimizers = self._assemble(mode, spec, trainable, probed)
+        if mode == "train":
+            self._attributes = _attributes(model)
         self._built[mode] = Built(
             spec, compiled, trainable, pipeline, optimizers, probed
         )
         return self._built[mode]
 
+    def _rebuild(self, spec: Spec, changes: dict) -> None:
+        """Builds for training anew, with layers and optimizer as they are.
+
+        Args:
+            spec: Of the batches.
+            changes: Of `_attributes`. Optimizers of stages are told of those
+                of the model's; they keep the slots that they have.
+        """
+        old = self._built.pop("train")
+        assert old.optimizers is not None
+        for (part, name), value in changes.items():
+            if part == id(self.model.optimizer):
+                for optimizer in old.optimizers.stages:
+                    setattr(optimizer, name, value)
+        compiled = (*_keras.compiled_parts(self.model), self.model.run_eagerly)
+        trainable = [part.trainable_variables for part in self._slices]
+        pipeline, _ = self._assemble(
+            "train", spec, trainable, old.probed, old.optimizers
+        )
+        self._built["train"] = Built(
+            spec, compiled, trainable, pipeline, old.optimizers, old.probed
+        )
+
     def _assemble(
-        self, mode: Mode, spec: Spec, trainable: list, probed: bool
+        self,
+        mode: Mode,
+        spec: Spec,
+        trainable: list,
+        probed: bool,
+        optimizers: StageOptimizers | None = None,
     ) -> tuple[Pipeline | Emulation, StageOptimizers | None]:
-        """Makes what runs batches, with variables in place."""
+        """Makes what runs batches, with variables in place.
+
+        Args:
+            mode: What it is for.
+            spec: Of the batches.
+            trainable: The trainable variables of each stage.
+            probed: Whether it must have probes.
+            optimizers: To train with. Default: new ones.
+        """
         model = self.model
         objective = None
         if mode != "predict":
             objective = Objective(model, self._graph, self._slices, spec)
         self._relocate()
-        optimizers = None
-        if mode == "train":
+        if mode == "train" and optimizers is None:
             optimizers = StageOptimizers(
                 model.optimizer,
                 model.trainable_variables,
@@ -259,6 +305,18 @@ def _runner(pipeline: Pipeline | Emulation, pace: Pace) -> Callable:
     if isinstance(pipeline, Emulation):
         return functools.partial(pipeline.run, pace)
     return Conductor(pipeline, pace).run
+
+
+def _attributes(model: keras.Model) -> dict[tuple[int, str], Any]:
+    """Returns the settings of layers and optimizer: numbers, texts, flags."""
+    parts = [*_keras.layers_within(model)[1:], model.optimizer]
+    plain = (bool, int, float, str, type(None))
+    return {
+        (id(part), name): value
+        for part in parts
+        for name, value in vars(part).items()
+        if isinstance(value, plain)
+    }
 
 
 def check_idle(model: keras.Model) -> None:

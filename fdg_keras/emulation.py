@@ -16,13 +16,14 @@ import keras
 import tensorflow as tf
 
 from fdg_keras import _keras, delays, transforms
+from fdg_keras.checks import check_gradients, check_reads
 from fdg_keras.data import Epoch
 from fdg_keras.feeding import Pace
 from fdg_keras.linearize import is_float
 from fdg_keras.objective import Objective
 from fdg_keras.pipeline import Settings
 from fdg_keras.slicing import Graph, Slice
-from fdg_keras.stages import Boundary, Stage, check_gradients
+from fdg_keras.stages import Boundary, Stage
 from fdg_keras.statistics import StageStatistics
 from fdg_keras.threads import noting
 from fdg_keras.updates import Update
@@ -55,6 +56,7 @@ class Emulation:
         run_eagerly: bool,
     ):
         training = settings is not None
+        self._graph = graph
         self._settings = settings
         scored = graph.outputs if objective is not None else ()
         self._stages = [
@@ -236,6 +238,8 @@ class Emulation:
             with _within(f"in the forward of stage {stage.index}"):
                 one = _Pass(stage, update, batch, feeds, received)
             passes.append(one)
+            if self._settings is not None:
+                check_reads(f"Stage {stage.index}", one.watched, self._graph)
             own += one.own_losses
             received = one.outputs
             incoming = one.outgoing
@@ -298,6 +302,8 @@ class _Pass:
                 self._weights, before, [*feeds, *received], masked, scored
             )
             self.outputs = [tf.identity(t) for t in result.outputs]
+        #: Trainable variables that it has read in spite of all.
+        self.watched = self._tape.watched_variables()
         self.outgoing = Boundary(
             stage.slice.sends, tuple(masked), tuple(scored)
         )

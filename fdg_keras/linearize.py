@@ -73,6 +73,8 @@ class Linearized:
                 # be fetched, and to be told from the argument.
                 result.outputs = [tf.identity(t) for t in result.outputs]
             self._tape = tape
+            #: Trainable variables that it reads in spite of all.
+            self.watched = list(tape.watched_variables())
             self._arguments = (weights, state, inputs)
             self._result = result
             return result.outputs

@@ -8,6 +8,7 @@ import keras
 import tensorflow as tf
 
 from fdg_keras import _keras
+from fdg_keras.checks import check_reads
 from fdg_keras.data import Spec
 from fdg_keras.slicing import Graph, Slice
 
@@ -111,11 +112,13 @@ class Objective:
         )
         logits = [_keras.get_logits(t) for t in outputs]
         sources = [*outputs, *(t for t in logits if t is not None)]
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
+        with tf.GradientTape() as tape:
             tape.watch([t for t in sources if t.dtype.is_floating])
             y_pred = _keras.pack_outputs(self._graph.functional, list(outputs))
             compiled = _keras.compiled_loss(self._model)
             loss = compiled and compiled(y, y_pred, sample_weight)
+        if training:
+            check_reads("The loss", tape.watched_variables(), self._graph)
         gradients: list = []
         if training and loss is not None:
             gradients = tape.gradient(loss, sources)

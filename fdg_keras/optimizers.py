@@ -71,8 +71,17 @@ def is_scale_invariant(optimizer: keras.optimizers.Optimizer) -> bool:
     """Whether a gradient times a constant makes (nearly) the same update."""
     o = keras.optimizers
     adaptive = (o.Adam, o.Adamax, o.Nadam, o.RMSprop, o.Adagrad, o.Adadelta)
-    others = (o.Adafactor, o.Lion, o.Lamb, o.Muon, o.ScheduleFreeAdamW)
+    others = (o.Adafactor, o.Ftrl, o.Lion, o.Lamb, o.Muon, o.ScheduleFreeAdamW)
     return isinstance(optimizer, (*adaptive, *others))
+
+
+def looks_at_all_gradients(optimizer: keras.optimizers.Optimizer) -> bool:
+    """Whether somebody's own code may combine gradients of all variables."""
+    return any(
+        name in vars(kind) and not kind.__module__.startswith("keras.")
+        for kind in type(optimizer).__mro__
+        for name in ("apply", "apply_gradients", "_clip_gradients")
+    )
 
 
 class StageOptimizers:

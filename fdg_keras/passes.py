@@ -58,9 +58,13 @@ def test(
     """Runs `evaluate`, or the validation of `fit`, within the context."""
     model = deployment.model
     model.stop_evaluating = False
+    then: dict[str, Any] = {}
 
     def end(batch: int, metrics: dict) -> bool:
         hooks.end("test", batch, as_floats(metrics))
+        if model.stop_evaluating:
+            # Batches that are in the stages still run, but do not count.
+            then.update(as_floats(metrics))
         return model.stop_evaluating
 
     hooks.call("on_test_begin")
@@ -68,7 +72,8 @@ def test(
     batches.reset()
     _run(deployment, "test", batches, hooks, end)
     # Keras sorts those of `evaluate`, and only those.
-    logs = dict(sorted(as_floats(model.get_metrics_result()).items()))
+    logs = as_floats(model.get_metrics_result()) | then
+    logs = dict(sorted(logs.items()))
     hooks.call("on_test_end", logs)
     return logs
 

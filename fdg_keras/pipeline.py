@@ -10,6 +10,7 @@ import keras
 import tensorflow as tf
 
 from fdg_keras import _keras, delays
+from fdg_keras.checks import check_gradients, check_reads
 from fdg_keras.corrections import Correction
 from fdg_keras.crossing import Stash
 from fdg_keras.data import Feed, Spec
@@ -20,7 +21,7 @@ from fdg_keras.objective import Objective
 from fdg_keras.placement import host_of
 from fdg_keras.probes import Probe, Recorder
 from fdg_keras.slicing import Graph, Slice
-from fdg_keras.stages import Boundary, Stage, check_gradients
+from fdg_keras.stages import Boundary, Stage
 from fdg_keras.transforms import GradientTransformer
 from fdg_keras.updates import Update
 
@@ -69,6 +70,7 @@ class Pipeline:
         jit_compile: bool,
         probed: bool = False,
     ):
+        self._graph = graph
         self._settings = settings
         self._optimizers = optimizers
         scored = graph.outputs if objective is not None else ()
@@ -108,6 +110,8 @@ class Pipeline:
         for stage in self.stages:
             feeds = [self._spec.inputs[i] for i in self._positions(stage)]
             boundary = stage.trace(boundary, feeds)
+            if self._settings is not None:
+                check_reads(f"Stage {stage.index}", stage.watched, self._graph)
         has_gradient = self._gradients_of_loss(boundary)
         found = [has_gradient]
         for stage in reversed(self.stages):

@@ -209,6 +209,11 @@ class Stage:
         return self._linearized.kept(batch_size)
 
     @property
+    def watched(self) -> list[tf.Variable]:
+        """What the forward reads of trainable variables not handed to it."""
+        return self._linearized.watched
+
+    @property
     def has_backward(self) -> bool:
         """Whether there is any gradient to compute."""
         return self.pair.backward is not None
@@ -298,27 +303,6 @@ class Stage:
         """The first and last layer, for people to read."""
         first, last = self.slice.nodes[0].name, self.slice.nodes[-1].name
         return f"layers {first!r} to {last!r}"
-
-
-def check_gradients(
-    stages: Sequence[Stage], has_gradient: Sequence[Sequence[bool]]
-) -> None:
-    """Checks that there is something to train, as Keras does.
-
-    Args:
-        stages: All of a model.
-        has_gradient: For each of them, of which weights there is one.
-
-    Raises:
-        ValueError: If there are trainable weights, and none has a gradient.
-    """
-    paths = [weight.path for stage in stages for weight in stage.weights]
-    if paths and not any(any(found) for found in has_gradient):
-        raise ValueError(
-            "No weight has a gradient. Expected a loss that depends on "
-            "trainable weights, by operations that can be differentiated. "
-            f"Received: a model with the weights {paths[:5]}"
-        )
 
 
 class _Whole(keras.layers.Layer):

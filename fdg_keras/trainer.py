@@ -25,6 +25,7 @@ from fdg_keras.validation import (
     check_model,
     check_settings,
     check_sizes,
+    warn_if_gradients_are_apart,
     warn_if_shrinking_is_futile,
 )
 
@@ -226,6 +227,7 @@ class Trainer:
         if kind not in self._warned:
             self._warned.add(kind)
             warn_if_shrinking_is_futile(self._settings.transform, self.model)
+            warn_if_gradients_are_apart(self.model, len(self._plan.stages))
 
     @property
     def plan(self) -> Plan:

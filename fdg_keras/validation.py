@@ -13,6 +13,7 @@ from fdg_keras.optimizers import (
     check_optimizer,
     check_precision,
     is_scale_invariant,
+    looks_at_all_gradients,
 )
 from fdg_keras.slicing import Graph
 from fdg_keras.threads import warn
@@ -72,9 +73,14 @@ def check_model(model: Any) -> None:
         "test_step",
         "predict_step",
         "compute_loss",
+        "_compute_loss",
         "compute_metrics",
+        "make_train_function",
     ):
-        if getattr(type(model), name) is not getattr(keras.Model, name):
+        # The last one is set on the model while it is in stages.
+        own = name in vars(model) and name != "make_train_function"
+        inherited = getattr(keras.Model, name, None)
+        if own or getattr(type(model), name, None) is not inherited:
             raise ValueError(
                 f"{type(model).__name__} overrides `{name}`, which decoupled "
                 "stages cannot run: no stage has the whole model. Put the "
@@ -185,4 +191,16 @@ def warn_if_shrinking_is_futile(transform: Any, model: keras.Model) -> None:
             f"{type(model.optimizer).__name__} divides gradients by their own "
             f"size, so that {transform!r} does next to nothing. Lower the "
             "learning rate, or use SGD."
+        )
+
+
+def warn_if_gradients_are_apart(model: keras.Model, splits: int) -> None:
+    """Warns where an optimizer may want to see the gradients of all stages."""
+    if splits > 1 and looks_at_all_gradients(model.optimizer):
+        warn(
+            f"{type(model.optimizer).__name__} overrides what Keras' "
+            "optimizers do with the gradients of all variables. Here each "
+            f"stage has an optimizer like it, which is given the gradients of "
+            f"that stage alone, {splits} times for each batch: what it "
+            "computes over all of them at once, a norm say, is another."
         )

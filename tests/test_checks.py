@@ -1,0 +1,219 @@
+"""What `model.fit` would train, and stages would not: refused, or said."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+
+import fdg_keras
+
+X = np.random.RandomState(0).rand(16, 4).astype("float32")
+Y = np.random.RandomState(1).rand(16, 2).astype("float32")
+
+
+def model_of(*parts):
+    model = keras.Sequential([keras.Input((4,)), *parts])
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    return model
+
+
+def fit(model, splits=2, emulate=False, **arguments):
+    trainer = fdg_keras.Trainer(
+        model, splits, ["CPU:0"] * 2, delay=0, emulate=emulate
+    )
+    return trainer.fit(X, Y, batch_size=8, verbose=0, **arguments)
+
+
+@pytest.mark.parametrize("emulate", [False, True])
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("name", ["first", "last"])
+def test_a_loss_that_reads_weights(name, splits, emulate):
+    model = model_of(
+        layers.Dense(3, name="first"), layers.Dense(2, name="last")
+    )
+    kernel = model.get_layer(name).kernel
+
+    def loss(y, y_pred):
+        return ops.mean((y - y_pred) ** 2) + ops.sum(kernel**2)
+
+    model.compile("sgd", loss)
+    with pytest.raises(ValueError, match=f"The loss reads.*{name}.*Received"):
+        fit(model, splits, emulate)
+    # To evaluate, nothing is differentiated.
+    trainer = fdg_keras.Trainer(model, 1, ["CPU:0"])
+    found = trainer.evaluate(X, Y, verbose=0)
+    assert found == pytest.approx(model.evaluate(X, Y, verbose=0), rel=1e-5)
+
+
+@pytest.mark.parametrize("emulate", [False, True])
+def test_a_layer_that_reads_weights_of_another_stage(emulate):
+    first = layers.Dense(3, use_bias=False, name="first")
+    tied = layers.Lambda(lambda x: x @ ops.transpose(first.kernel))
+    model = model_of(first, layers.Dense(3), tied, layers.Dense(2))
+    with pytest.raises(ValueError, match=r"Stage 1 reads.*first.*Received"):
+        fit(model, ["dense"], emulate)
+    fit(model_of(layers.Dense(3), layers.Dense(2)), 2, emulate)
+
+
+def test_weights_without_a_gradient():
+    model = model_of(layers.Dense(3, name="one"), layers.Dense(2, name="two"))
+    inputs = keras.Input((4,))
+    h = ops.stop_gradient(model.layers[0](inputs))
+    model = keras.Model(inputs, model.layers[1](h))
+    model.compile("sgd", "mse")
+    with pytest.warns(UserWarning, match=r"Gradients do not exist.*one/kernel"):
+        fit(model)
+    with pytest.warns(UserWarning, match=r"Gradients do not exist.*one/kernel"):
+        model.fit(X, Y, verbose=0)
+
+
+@pytest.mark.parametrize("name", ["train_step", "compute_loss"])
+def test_what_an_instance_overrides(name):
+    model = model_of(layers.Dense(3), layers.Dense(2))
+    setattr(model, name, getattr(model, name))
+    with pytest.raises(ValueError, match=f"overrides `{name}`.*Received"):
+        fit(model)
+
+
+@pytest.mark.parametrize("name", ["_compute_loss", "make_train_function"])
+def test_what_a_class_overrides(name):
+    kind = type("Mine", (keras.Sequential,), {name: lambda self, *_: None})
+    model = kind([keras.Input((4,)), layers.Dense(3), layers.Dense(2)])
+    model.compile("sgd", "mse")
+    with pytest.raises(ValueError, match=f"Mine overrides `{name}`.*Received"):
+        fit(model)
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+def test_an_optimizer_that_looks_at_all_gradients(splits, recwarn):
+    class Normed(keras.optimizers.SGD):
+        def apply(self, grads, trainable_variables=None):
+            norm = ops.sqrt(sum(ops.sum(g**2) for g in grads))
+            super().apply([g / norm for g in grads], trainable_variables)
+
+    model = model_of(layers.Dense(3), layers.Dense(2))
+    model.compile(Normed(0.1), "mse")
+    fit(model, splits)
+    found = [str(w.message) for w in recwarn if "Normed" in str(w.message)]
+    assert len(found) == splits - 1
+    assert all("of that stage alone" in text for text in found)
+
+
+class Once(keras.callbacks.Callback):
+    """Changes a model when training, or an epoch, begins."""
+
+    def __init__(self, change, epoch):
+        super().__init__()
+        self._change, self._epoch = change, epoch
+
+    def on_train_begin(self, logs=None):
+        if self._epoch is None:
+            self._change(self.model)
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if epoch == self._epoch:
+            self._change(self.model)
+
+
+def set_rate(model):
+    model.get_layer("drop").rate = 0.7
+
+
+def set_momentum(model):
+    model.optimizer.momentum = 0.0
+
+
+def set_clipnorm(model):
+    model.optimizer.clipnorm = 0.01
+
+
+def freeze(model):
+    model.layers[0].trainable = False
+
+
+@pytest.mark.parametrize("epoch", [None, 0, 1])
+@pytest.mark.parametrize(
+    "change", [set_rate, set_momentum, set_clipnorm, freeze]
+)
+def test_what_callbacks_set_before_the_first_batch(change, epoch):
+    """Keras traces then; what is set later it does not see until `compile`."""
+    found = []
+    for run in fit, lambda model, **given: model.fit(X, Y, verbose=0, **given):
+        keras.utils.set_random_seed(1)
+        model = model_of(
+            layers.Dense(6, "tanh"),
+            layers.Dropout(0.1, seed=3, name="drop"),
+            layers.Dense(6),
+            layers.Dense(2),
+        )
+        model.compile(keras.optimizers.SGD(0.1, momentum=0.9), "mse")
+        given = {"epochs": 3, "shuffle": False}
+        if run is not fit:
+            given["batch_size"] = 8
+        history = run(model, callbacks=[Once(change, epoch)], **given)
+        found.append((history.history["loss"], *model.get_weights()))
+    for actual, expected in zip(*found):
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_a_generator_of_no_weights():
+    """Keras takes `None` for the weights of samples."""
+
+    def batches():
+        for i in range(0, 16, 8):
+            yield X[i : i + 8], Y[i : i + 8], None
+
+    found = []
+    for staged in True, False:
+        keras.utils.set_random_seed(1)
+        model = model_of(layers.Dense(3), layers.Dense(2))
+        trained = fdg_keras.Trainer(model, 2, ["CPU:0"] * 2, delay=0)
+        (trained if staged else model).fit(batches(), verbose=0)
+        found.append(model.get_weights())
+    for actual, expected in zip(*found):
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_an_input_that_is_none():
+    inputs = [keras.Input((4,)), keras.Input((4,), optional=True)]
+    model = keras.Model(inputs, layers.Dense(2)(layers.Dense(2)(inputs[0])))
+    model.compile("sgd", "mse")
+    with pytest.raises(ValueError, match=r"a tensor for each.*Received"):
+        fdg_keras.fit(model, [X, None], Y, devices=["CPU:0"] * 2, verbose=0)
+
+
+@pytest.mark.parametrize("delay", [0, 2])
+def test_evaluation_that_a_callback_stops(delay):
+    class Stop(keras.callbacks.Callback):
+        def on_test_batch_end(self, batch, logs=None):
+            self.model.stop_evaluating = batch == 1
+
+    model = model_of(layers.Dense(3), layers.Dense(2))
+    trainer = fdg_keras.Trainer(model, 2, ["CPU:0"] * 2, delay=delay)
+    given = {"batch_size": 4, "callbacks": [Stop()], "verbose": 0}
+    found = trainer.evaluate(X, Y, **given)
+    assert found == pytest.approx(model.evaluate(X, Y, **given), rel=1e-5)
+    assert found != pytest.approx(model.evaluate(X, Y, verbose=0), rel=1e-3)
+
+
+def test_batches_that_are_known_not_to_come():
+    """No batch begins that does not end."""
+
+    class Log(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            events.append(("begin", batch))
+
+        def on_train_batch_end(self, batch, logs=None):
+            events.append(("end", batch))
+
+    found = []
+    for staged in True, False:
+        events = []
+        model = model_of(layers.Dense(3), layers.Dense(2))
+        trained = fdg_keras.Trainer(model, 2, ["CPU:0"] * 2, delay=0)
+        run = trained.fit if staged else model.fit
+        given = {"steps_per_epoch": 3, "epochs": 2, "callbacks": [Log()]}
+        with pytest.warns(UserWarning, match="ran out of data"):
+            run(X, Y, batch_size=8, verbose=0, **given)
+        found.append(events)
+    assert found[0] == found[1]
