@@ -18,7 +18,7 @@ from fdg_keras.data import Epoch
 from fdg_keras.feeding import Feeder, Pace
 from fdg_keras.pipeline import Pipeline
 from fdg_keras.statistics import StageStatistics, Usage, collect
-from fdg_keras.threads import Crew, Inbox, noting, warn
+from fdg_keras.threads import Crew, Inbox, NothingCame, noting, warn
 
 # What a stage says when it has run the last part, and, but for the last stage,
 # when it has run a window that all are waited for.
@@ -182,7 +182,7 @@ class Conductor:
         while True:
             try:
                 return crew.receive(_GLANCE_S if epoch.stopped else None)
-            except TimeoutError:
+            except NothingCame:
                 if feeder.draws_since() > _BLOCKS_S:
                     # Nobody wants these batches: end with those that came.
                     if feeder.give_up():

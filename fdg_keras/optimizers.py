@@ -44,6 +44,12 @@ def check_optimizer(optimizer: Any) -> None:
             "be split into those of the stages one by one. Compile the model "
             f"with one optimizer. Received: {optimizer!r}"
         )
+    if overrides(optimizer, "scale_loss"):
+        raise ValueError(
+            "An optimizer of its own `scale_loss` is not supported: stages do "
+            "not scale the loss. Scale gradients in `update_step`. Received: "
+            f"{optimizer!r}"
+        )
     if getattr(optimizer, "global_clipnorm", None) is not None:
         raise ValueError(
             "`global_clipnorm` needs the gradients of all stages at once, and "
@@ -77,11 +83,14 @@ def is_scale_invariant(optimizer: keras.optimizers.Optimizer) -> bool:
 
 def looks_at_all_gradients(optimizer: keras.optimizers.Optimizer) -> bool:
     """Whether somebody's own code may combine gradients of all variables."""
-    return any(
-        name in vars(kind) and not kind.__module__.startswith("keras.")
-        for kind in type(optimizer).__mro__
-        for name in ("apply", "apply_gradients", "_clip_gradients")
-    )
+    names = ("apply", "apply_gradients", "_clip_gradients")
+    return any(overrides(optimizer, name) for name in names)
+
+
+def overrides(thing: Any, name: str) -> bool:
+    """Whether the class of a model or optimizer has its own for Keras'."""
+    owner = next((k for k in type(thing).__mro__ if name in vars(k)), object)
+    return owner is not object and not owner.__module__.startswith("keras.")
 
 
 class StageOptimizers:

@@ -139,14 +139,16 @@ class Pipeline:
     def _gradients_of_loss(self, boundary: Boundary) -> list[bool]:
         """Returns which outputs the compiled loss depends on."""
         objective = self._objective
-        if self._settings is None or objective is None:
-            return [False] * len(boundary.floating(boundary.specs))
+        none = [False] * len(boundary.floating(boundary.specs))
+        if objective is None:
+            return none
         found: list[bool] = []
+        training = self._settings is not None
 
         @tf.function(autograph=False)
         def probe(sent: Any, own_loss: Any, targets: Any) -> None:
             gradients = objective.update(
-                boundary.attach(sent), own_loss, targets, training=True
+                boundary.attach(sent), own_loss, targets, training
             )
             found.extend(g is not None for g in gradients)
 
@@ -156,7 +158,7 @@ class Pipeline:
                 boundary.specs[-1] if boundary.has_loss else None,
                 list(objective.target_specs),
             )
-        return found
+        return found if training else none
 
     def _connect(self, gradients: list[list[bool]]) -> list[Ports]:
         """Makes the links, each on its consumer's device."""

@@ -48,16 +48,24 @@ class Node:
 
     @property
     def variables(self) -> list[keras.Variable]:
-        """All variables of the operation: weights, seeds, metrics, states."""
-        layer = self.operation
+        """All variables it uses: weights, seeds, metrics, states, arguments.
+
+        An operation may be given a weight of some layer as an argument.
+        """
+        layer, arguments = self.operation, self.call.arguments
+        given = [
+            v
+            for v in keras.tree.flatten((arguments.args, arguments.kwargs))
+            if isinstance(v, keras.Variable)
+        ]
         if not isinstance(layer, keras.layers.Layer):
-            return []
+            return given
         metrics = [v for m in layer.metrics for v in m.variables]
         # Keras does not count the states of a stateful RNN as its variables.
         states = getattr(layer, "states", None) or []
         stateful = getattr(layer, "stateful", False)
         kept = keras.tree.flatten(states) if stateful else []
-        return [*layer.variables, *metrics, *kept]
+        return [*layer.variables, *metrics, *kept, *given]
 
     @property
     def trainable_variables(self) -> list[keras.Variable]:

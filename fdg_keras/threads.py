@@ -59,6 +59,10 @@ class _Thread(threading.Thread):
             self.join()
 
 
+class NothingCame(Exception):
+    """A wait was in vain. Nobody else raises it, as they do `TimeoutError`."""
+
+
 class Crew:
     """Runs named threads until their work is done or one of them fails.
 
@@ -124,13 +128,13 @@ class Crew:
             seconds: How long to wait; `None` for as long as it takes.
 
         Raises:
-            TimeoutError: If nothing came.
+            NothingCame: If nothing did in that time.
             BaseException: The first failure of any thread, as it was raised.
         """
         try:
             result = self._results.get(timeout=seconds)
         except queue.Empty:
-            raise TimeoutError from None
+            raise NothingCame from None
         if self._failure is not None:
             raise self._failure
         return result

@@ -205,6 +205,9 @@ class Trainer:
             self._deployment.build(
                 "train", batches.spec, ask_for_probes(callbacks)
             )
+            if validation is not None:
+                # Or else what does not fit would fail after an epoch.
+                self._deployment.build("test", validation.spec)
             hooks = Hooks(
                 self.model, callbacks, verbose, epochs, batches.steps, True
             )

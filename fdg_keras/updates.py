@@ -128,6 +128,6 @@ class Update:
                 now = [tf.convert_to_tensor(v) for v in variables]
                 gradients = list(correction.gradients(gradients, now, then))
             with self._rated():
-                self._optimizer.apply(gradients, variables)
+                self._optimizer.apply_gradients(zip(gradients, variables))
         # What a function returns waits for what it does.
         return tf.constant(True)

@@ -14,9 +14,26 @@ from fdg_keras.optimizers import (
     check_precision,
     is_scale_invariant,
     looks_at_all_gradients,
+    overrides,
 )
 from fdg_keras.slicing import Graph
 from fdg_keras.threads import warn
+
+# What Keras' training step is made of, and stages do in their own way.
+_STEPS = (
+    "train_step",
+    "test_step",
+    "predict_step",
+    "make_train_function",
+    "compute_loss",
+    "_compute_loss",
+    "compute_metrics",
+    "losses",
+    "trainable_variables",
+    "trainable_weights",
+    "__call__",
+    "call",
+)
 
 
 def check_settings(delay: Any, stash: Any, order: Any) -> None:
@@ -68,19 +85,12 @@ def check_model(model: Any) -> None:
             "Expected `model` to be a compiled `keras.Model`. Received: "
             f"{model!r} of type {type(model).__name__}"
         )
-    for name in (
-        "train_step",
-        "test_step",
-        "predict_step",
-        "compute_loss",
-        "_compute_loss",
-        "compute_metrics",
-        "make_train_function",
-    ):
-        # The last one is set on the model while it is in stages.
-        own = name in vars(model) and name != "make_train_function"
-        inherited = getattr(keras.Model, name, None)
-        if own or getattr(type(model), name, None) is not inherited:
+    for name in _STEPS:
+        # On the model itself, `make_train_function` is set while it is in
+        # stages; and what its class has as `call`, its graph must agree with.
+        if (overrides(model, name) and name != "call") or (
+            name in vars(model) and name != "make_train_function"
+        ):
             raise ValueError(
                 f"{type(model).__name__} overrides `{name}`, which decoupled "
                 "stages cannot run: no stage has the whole model. Put the "
@@ -88,6 +98,12 @@ def check_model(model: Any) -> None:
                 "compiled metrics. Received: "
                 f"{model!r}"
             )
+    if not tf.executing_eagerly():
+        raise ValueError(
+            "Expected to train in eager mode: stages are compiled by "
+            "themselves. Received: a call within a `tf.function` or a "
+            "`tf.Graph`. Call it from outside"
+        )
     if not model.compiled:
         raise ValueError(
             "The model is not compiled. Call `model.compile(optimizer, loss)` "
@@ -104,6 +120,14 @@ def check_model(model: Any) -> None:
         )
     check_optimizer(model.optimizer)
     check_precision(model)
+    for layer in _keras.layers_within(model):
+        if hasattr(layer.call, "get_concrete_function"):
+            raise ValueError(
+                f"The `call` of layer {layer.name!r} is a `tf.function`, which "
+                "reads weights where they were when it was traced first. "
+                "Expected a plain method: stages are compiled anyway. "
+                f"Received: a layer of type {type(layer).__name__}"
+            )
 
 
 def check_emulation(model: keras.Model, emulate: bool, stash: str) -> None:

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from keras import layers, ops
 
 import fdg_keras
@@ -55,6 +56,95 @@ def test_a_layer_that_reads_weights_of_another_stage(emulate):
     fit(model_of(layers.Dense(3), layers.Dense(2)), 2, emulate)
 
 
+def test_a_weight_as_an_argument_of_an_operation():
+    """No cut parts the operation from the layer."""
+    inputs = keras.Input((4,))
+    first = layers.Dense(3, name="first")
+    h = layers.Dense(4, name="middle")(first(inputs))
+    h = ops.matmul(h, first.kernel)
+    model = keras.Model(inputs, layers.Dense(2, name="last")(h))
+    model.compile("sgd", "mse")
+    plan = fdg_keras.Trainer(model, 2, ["CPU:0"] * 2).plan
+    assert plan.stages[1].layers == ("last",)
+    with pytest.raises(ValueError, match=r"first/kernel.* is used on both"):
+        fdg_keras.Trainer(model, ["middle"], ["CPU:0"] * 2)
+
+
+def test_a_layer_that_is_a_tf_function():
+    class Compiled(layers.Dense):
+        @tf.function
+        def call(self, x):
+            return super().call(x)
+
+    model = model_of(Compiled(3, name="mine"), layers.Dense(2))
+    with pytest.raises(ValueError, match=r"`call` of layer 'mine'.*Received"):
+        fit(model)
+
+
+def test_within_a_tf_function():
+    model = model_of(layers.Dense(3), layers.Dense(2))
+    with pytest.raises(ValueError, match=r"eager mode.*Received"):
+        tf.function(lambda: fit(model), autograph=False)()
+    fit(model)
+
+
+def test_a_model_without_layers():
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, inputs)
+    model.compile("sgd", "mse")
+    for splits in 1, 2:
+        with pytest.raises(ValueError, match=r"model with layers.*Received"):
+            fit(model, splits)
+
+
+class Scaling(keras.optimizers.SGD):
+    def scale_loss(self, loss):
+        return 10 * loss
+
+
+class Zeroing(keras.optimizers.SGD):
+    def apply_gradients(self, pairs):
+        super().apply_gradients([(0 * g, v) for g, v in pairs])
+
+
+def test_an_optimizer_that_scales_the_loss():
+    model = model_of(layers.Dense(3), layers.Dense(2))
+    model.compile(Scaling(0.1), "mse")
+    with pytest.raises(ValueError, match=r"`scale_loss`.*Received"):
+        fit(model)
+
+
+@pytest.mark.filterwarnings("ignore:Zeroing overrides")
+def test_an_optimizer_that_changes_gradients():
+    model = model_of(layers.Dense(3), layers.Dense(2))
+    model.compile(Zeroing(0.1), "mse")
+    before = model.get_weights()
+    fit(model)
+    for a, b in zip(model.get_weights(), before):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("data", [(X,), (X, Y[:, 0]), (X, Y, Y)])
+def test_validation_data_that_do_not_fit(data):
+    """Not after an epoch, as with Keras, but before it."""
+    begun = []
+    start = keras.callbacks.LambdaCallback(
+        on_epoch_begin=lambda epoch, logs: begun.append(epoch)
+    )
+    model = model_of(layers.Dense(3), layers.Dense(2))
+    model.compile("sgd", keras.losses.CosineSimilarity())
+    if len(data) == 2:
+        model.compile("sgd", "sparse_categorical_crossentropy")
+        data = (X, np.concatenate([Y, Y], 1))
+        arguments = {"validation_data": data, "callbacks": [start]}
+        with pytest.raises(ValueError, match="do not fit"):
+            fdg_keras.fit(model, X, Y[:, 0], devices=["CPU:0"] * 2, **arguments)
+    else:
+        with pytest.raises(ValueError, match="argets"):
+            fit(model, validation_data=data, callbacks=[start])
+    assert not begun
+
+
 def test_weights_without_a_gradient():
     model = model_of(layers.Dense(3, name="one"), layers.Dense(2, name="two"))
     inputs = keras.Input((4,))
@@ -67,7 +157,7 @@ def test_weights_without_a_gradient():
         model.fit(X, Y, verbose=0)
 
 
-@pytest.mark.parametrize("name", ["train_step", "compute_loss"])
+@pytest.mark.parametrize("name", ["train_step", "compute_loss", "call"])
 def test_what_an_instance_overrides(name):
     model = model_of(layers.Dense(3), layers.Dense(2))
     setattr(model, name, getattr(model, name))
@@ -75,7 +165,9 @@ def test_what_an_instance_overrides(name):
         fit(model)
 
 
-@pytest.mark.parametrize("name", ["_compute_loss", "make_train_function"])
+@pytest.mark.parametrize(
+    "name", ["_compute_loss", "make_train_function", "losses", "__call__"]
+)
 def test_what_a_class_overrides(name):
     kind = type("Mine", (keras.Sequential,), {name: lambda self, *_: None})
     model = kind([keras.Input((4,)), layers.Dense(3), layers.Dense(2)])

@@ -8,6 +8,7 @@ that blocks), and the model must be usable, by a second `fit` too.
 
 import contextlib
 import os
+import queue
 import signal
 import threading
 import time
@@ -326,17 +327,19 @@ def test_weights_are_those_of_whole_batches():
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
-def test_failure_in_the_data_set():
+@pytest.mark.parametrize("kind", [RuntimeError, TimeoutError, queue.Empty])
+def test_failure_in_the_data_set(kind):
+    """Also of a kind that waiting for a queue has of its own."""
     trainer = make_trainer(build())
     x, y = data()
     fit(trainer, x, y)
 
     def check(i):
         if i == BAD:
-            raise RuntimeError("the disk is gone")
+            raise kind("the disk is gone")
 
     note = f"in the feeder, drawing batch {BAD} of this epoch"
-    with fails(RuntimeError, "the disk is gone", note):
+    with fails(kind, "the disk is gone", note):
         fit(trainer, batches(check))
     assert_usable(trainer)
 
@@ -583,6 +586,26 @@ def test_interrupt_in_steady_state(after_s):
     assert not threads()
     assert time.perf_counter() - start < after_s + LIMIT_S
     timer.join()
+    assert_usable(trainer)
+
+
+def test_an_alarm_in_steady_state():
+    """A time limit that raises what a wait for a queue could raise, too."""
+    trainer = make_trainer(build())
+    fit(trainer, *data())
+
+    def ring(*_):
+        raise TimeoutError("time is up")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        with pytest.raises(TimeoutError, match="time is up"):
+            fit(trainer, *data(), epochs=10**6)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert not threads()
     assert_usable(trainer)
 
 
