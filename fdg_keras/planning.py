@@ -255,6 +255,16 @@ def _cuts_of_plan(graph: Graph, plan: Plan) -> list[int]:
             f"layers and operations, received {len(actual)}."
         )
     cuts = [count - 1 for count in plan.cuts]
+    forbidden = graph.forbidden_cuts()
+    for k, cut in enumerate(cuts):
+        # Layers of the same names and sizes may be shared here, and not there.
+        if cut in forbidden:
+            raise ValueError(
+                "The plan was made for another model: this one cannot be cut "
+                f"after {graph.nodes[cut].name!r}, {forbidden[cut]}, and a "
+                "variable is trained by one stage. Make a plan of this model. "
+                f"Received: a plan that ends stage {k} there."
+            )
     devices = [stage.device for stage in plan.stages]
     here = make_plan(graph, cut_graph(graph, cuts), devices)
     for k, (there, one) in enumerate(zip(plan.stages, here.stages)):

@@ -327,6 +327,23 @@ def test_a_plan_knows_layers_that_were_named_by_keras():
     assert Trainer(unnamed(), plan).plan.cuts == plan.cuts
 
 
+def test_a_plan_does_not_split_a_shared_layer():
+    """Two layers there, one here: of the same names, but for numbers."""
+
+    def twice(*hidden):
+        inputs = keras.Input((8,))
+        h = layers.ReLU()(hidden[0](inputs))
+        return _compiled(keras.Model(inputs, layers.Dense(2)(hidden[-1](h))))
+
+    apart = twice(layers.Dense(8), layers.Dense(8))
+    plan = fdg_keras.plan(apart, 4, 8, ["CPU:0"] * 4, measure=False)
+    # As many parameters in each stage as the shared ones have.
+    with pytest.raises(
+        ValueError, match=r"cannot be cut after .*used on both sides.*Received"
+    ):
+        Trainer(twice(layers.Dense(8)), plan)
+
+
 def test_advice_moves_a_cut_from_the_slowest_stage():
     graph = trace_graph(network(6))
     model = network(6)
