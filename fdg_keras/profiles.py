@@ -23,6 +23,7 @@ class Profile:
         keeps_bytes: What else the backward reads.
         views: For each output which distinct input it is in another shape, if
             it is one: both are the same memory.
+        unsized: How many tensors the backward reads whose bytes are unknown.
     """
 
     forward_s: float
@@ -33,6 +34,7 @@ class Profile:
     keeps_weights: tuple[bool, ...]
     keeps_bytes: int
     views: tuple[int | None, ...]
+    unsized: int = 0
 
 
 class ProfileCache:

@@ -130,6 +130,7 @@ class _Piece:
             ),
             keeps_bytes=kept.other_bytes,
             views=kept.views[: len(node.outputs)],
+            unsized=kept.unsized,
         )
 
     @functools.cached_property

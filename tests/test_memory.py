@@ -1,6 +1,7 @@
 """Bytes that stages hold: against stages that were really traced."""
 
 import itertools
+import math
 
 import keras
 import numpy as np
@@ -8,9 +9,10 @@ import pytest
 import zoo
 from keras import layers
 
-from fdg_keras.memory import Ledger, Room
+from fdg_keras.memory import Ledger
 from fdg_keras.planning import choose_cuts, legal_ends
 from fdg_keras.profiling import profile
+from fdg_keras.room import Room
 from fdg_keras.slicing import cut_graph, trace_graph
 from fdg_keras.stashes import traced_stashes
 from trainers import models
@@ -105,7 +107,7 @@ def test_a_refusal_says_what_would_fit():
     text = Room(ledger, ends, 2, 0.9 * least).refusal()
     assert "stage" in text
     assert "more than its limit" in text
-    assert f"{0.1 * least / 2**20:,.1f} MiB more" in text
+    assert f"{math.ceil(0.1 * least):,} bytes more" in text
     assert "batch_size=4" in text
     half = ledger.otherwise("exact", 2)
     assert half.batch_size == BATCH // 2

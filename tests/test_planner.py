@@ -12,7 +12,7 @@ import zoo
 from keras import layers
 
 import fdg_keras
-from fdg_keras import Plan, Trainer, planner
+from fdg_keras import Plan, Trainer, expectations, planner
 from fdg_keras.crossing import STASHES
 from fdg_keras.planning import choose_cuts, with_measured
 from fdg_keras.profiles import Profile, ProfileCache
@@ -411,7 +411,7 @@ def _compiled(model):
 def test_why_splitting_does_not_pay(plan, cores, reason):
     ticks, step_s, whole_s = plan
     found = plan_of(*ticks, step_s=step_s, whole_s=whole_s)
-    assert reason in planner._reason(found, max(ticks), cores)
+    assert reason in expectations._reason(found, max(ticks), cores)
 
 
 def test_memory_limits_move_cuts():
