@@ -180,6 +180,6 @@ def _is_limit(value: Any) -> bool:
 
 
 def _size(count: float) -> str:
-    if count < 0.1 * _MIB:
+    if count < _MIB:
         return f"{math.ceil(count):,} bytes"
     return f"{count / _MIB:,.1f} MiB"
