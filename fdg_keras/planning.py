@@ -78,6 +78,11 @@ def legal_ends(graph: Graph, splits: int) -> np.ndarray:
     Raises:
         ValueError: If there are too few for so many stages.
     """
+    if not graph.nodes:
+        raise ValueError(
+            "Expected a model of one layer or more. This one hands its inputs "
+            f"out as they are. Received: splits={splits}"
+        )
     legal = graph.legal_cuts()
     if not 1 <= splits <= len(legal) + 1:
         shared = len(graph.nodes) - 1 - len(legal)

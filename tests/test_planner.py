@@ -19,6 +19,7 @@ from fdg_keras.profiles import Profile, ProfileCache
 from fdg_keras.profiling import profile
 from fdg_keras.rates import UpdateRate, transfer_rate
 from fdg_keras.resources import Cable
+from fdg_keras.schedules import Delayed
 from fdg_keras.simulation import simulate
 from fdg_keras.slicing import cut_graph, trace_graph
 from fdg_keras.stashes import traced_stashes
@@ -263,6 +264,50 @@ def test_a_plan_travels_as_text():
             Plan.from_json(text)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("version", True),
+        ("stages", []),
+        ("stages", {}),
+        ("stages", [3]),
+        ("batch_size", "x"),
+        ("delay", -1),
+        ("step_s", "fast"),
+        ("notes", [1]),
+        ("surplus", 1),
+        ("stage.layers", []),
+        ("stage.layers", "abc"),
+        ("stage.layers", [1, 2]),
+        ("stage.costs", [1.0]),
+        ("stage.costs", ["a", "b", "c"]),
+        ("stage.device", 3),
+        ("stage.forward_s", "x"),
+        ("stage.forward_s", -1.0),
+        ("stage.backward_s", float("nan")),
+        ("stage.backward_s", float("inf")),
+        ("stage.parameters", "x"),
+        ("stage.parameters", 1.5),
+        ("stage.peak_bytes", 1.5),
+        ("stage.bytes", 7),
+        ("stage.bytes", {"batch": 1}),
+        ("stage.bytes", {"batch": -1}),
+        ("stage.surplus", 1),
+    ],
+)
+def test_nonsense_is_no_plan(name, value):
+    model = keras.Sequential(
+        [keras.Input((4,)), *(layers.Dense(4) for _ in range(3))]
+    )
+    text = fdg_keras.plan(model, 1, 8, measure=False).to_json()
+    assert Plan.from_json(text).stages
+    record = json.loads(text)
+    field = name.rpartition(".")[2]
+    (record["stages"][0] if "." in name else record)[field] = value
+    with pytest.raises(ValueError, match=r"Plan.to_json.*Received"):
+        Plan.from_json(json.dumps(record))
+
+
 def test_a_plan_can_be_simulated():
     """Equal devices, nothing in the way: the pace of the slowest stage."""
     devices = [f"CPU:{k}" for k in range(3)]
@@ -276,6 +321,146 @@ def test_a_plan_can_be_simulated():
     unmeasured = fdg_keras.plan(network(), 3, 8, devices, measure=False)
     with pytest.raises(ValueError, match=r"measured.*Received"):
         unmeasured.as_costs()
+
+
+@pytest.mark.parametrize("stash", STASHES)
+def test_a_simulation_agrees_with_the_plan(monkeypatch, stash):
+    """Nothing counts twice: copies, forwards again, handing over."""
+    far_apart(monkeypatch, 0.0, 1e-9)
+    devices = [f"CPU:{k}" for k in range(3)]
+    plan = fdg_keras.plan(network(), 3, 8, devices, stash=stash)
+    found = simulate(plan.as_costs(), schedule=Delayed(2), stash=stash)
+    computing = [s.tick_s - s.sends_s - s.returns_s for s in plan.stages]
+    assert found.seconds_per_step == pytest.approx(max(computing), rel=1e-6)
+    assert sum(s.sends_s + s.returns_s for s in plan.stages) > 0
+    peaks = [stage.peak_bytes for stage in plan.stages]
+    assert [s.peak_bytes for s in found.stages] == peaks
+
+
+def test_replay_takes_a_forward_more(monkeypatch):
+    model = network()
+    kept = fdg_keras.plan(model, 2, 8, ["CPU:0", "CPU:1"])
+    again = fdg_keras.plan(model, 2, 8, ["CPU:0", "CPU:1"], stash="replay")
+    # Of one device by back-propagation nothing is run again.
+    assert again.whole_s == pytest.approx(kept.whole_s, rel=0.2)
+    assert sum(s.tick_s - s.again_s for s in again.stages) == pytest.approx(
+        sum(s.tick_s for s in kept.stages), rel=0.2
+    )
+    assert all(stage.again_s > 0 for stage in again.stages)
+
+
+def test_selective_has_its_batch_again_in_the_backward():
+    model = network()
+    exact, selective = (
+        fdg_keras.plan(model, 3, 8, stash=stash, measure=False)
+        for stash in ("exact", "selective")
+    )
+    assert exact.cuts == selective.cuts
+    for a, b in zip(exact.stages, selective.stages):
+        assert b.bytes.batch + b.bytes.again == a.bytes.batch
+    # The last one, which runs its backward at once, saves nothing.
+    assert exact.stages[-1].peak_bytes == selective.stages[-1].peak_bytes
+    assert exact.stages[0].peak_bytes > selective.stages[0].peak_bytes
+
+
+def test_what_loops_keep_is_counted():
+    """As much as the same layers without a loop keep, or so."""
+
+    def peak(**how):
+        inputs = h = keras.Input((20, 8))
+        for _ in range(2):
+            h = layers.LSTM(16, return_sequences=True, **how)(h)
+        model = keras.Model(inputs, h)
+        return fdg_keras.plan(model, 2, 8, measure=False).stages[0].peak_bytes
+
+    assert peak() == pytest.approx(peak(unroll=True), rel=0.25)
+
+
+def endless(x):
+    return keras.ops.while_loop(
+        lambda x: keras.ops.sum(x) > 1, lambda x: (keras.ops.sin(x) / 2,), (x,)
+    )[0]
+
+
+def test_loops_of_unknown_length_are_named():
+    inputs = keras.Input((8,))
+    h = layers.Dense(8)(inputs)
+    h = layers.Lambda(endless, output_shape=(8,))(h)
+    model = keras.Model(inputs, layers.Dense(8)(h))
+    plan = fdg_keras.plan(model, 3, 8, measure=False)
+    (note,) = plan.notes
+    assert "is needed by stage 1:" in note
+    with pytest.warns(UserWarning, match="stage 1: .* not sure to hold"):
+        fdg_keras.plan(model, 3, 8, measure=False, memory_limit=10**9)
+
+
+def test_sizes_that_are_left_open():
+    inputs = keras.Input((None, 64), name="words")
+    model = keras.Model(inputs, layers.Dense(3)(layers.Dense(4)(inputs)))
+    with pytest.warns(UserWarning, match="'words'.*static shapes"):
+        plan = fdg_keras.plan(model, 2, 8, measure=False)
+    assert "were taken for 1" in str(plan)
+    inputs = keras.Input((10, 64))
+    model = keras.Model(inputs, layers.Dense(3)(layers.Dense(4)(inputs)))
+    assert fdg_keras.plan(model, 2, 8, measure=False).notes == ()
+
+
+def test_a_limit_is_that_of_a_device():
+    model, devices = network(8), ["CPU:0", "CPU:1"] * 2
+
+    def used(plan):
+        return [
+            sum(s.peak_bytes for s in plan.stages if s.device.endswith(name))
+            for name in ("CPU:0", "CPU:1")
+        ]
+
+    free = fdg_keras.plan(model, 4, 8, devices, measure=False)
+    limit = 0.98 * max(used(free))
+    # Each stage of it is below the limit, but not those of a device together.
+    assert max(stage.peak_bytes for stage in free.stages) < limit
+    held = fdg_keras.plan(
+        model, 4, 8, devices, measure=False, memory_limit=limit
+    )
+    assert max(used(held)) <= limit
+    with pytest.raises(ValueError, match="its device has 2 stages"):
+        fdg_keras.plan(
+            model, 4, 8, devices, measure=False, memory_limit=0.5 * limit
+        )
+
+
+def test_the_batch_of_the_model():
+    inputs = keras.Input(batch_shape=(64, 8))
+    model = keras.Model(inputs, layers.Dense(3)(layers.Dense(4)(inputs)))
+    with pytest.raises(ValueError, match=r"inputs, 64.*Received: batch_size=8"):
+        fdg_keras.plan(model, 2, 8, measure=False)
+    assert fdg_keras.plan(model, 2, 64, measure=False).batch_size == 64
+    with pytest.raises(ValueError, match=r"does not fit") as caught:
+        fdg_keras.plan(model, 2, 64, measure=False, memory_limit=100)
+    assert "batch_size=" not in str(caught.value)
+
+
+def test_a_model_without_layers():
+    inputs = keras.Input((4,))
+    with pytest.raises(ValueError, match=r"one layer or more.*Received"):
+        fdg_keras.plan(keras.Model(inputs, inputs), 1, 8)
+
+
+def test_what_a_trainer_refuses_is_not_planned():
+    class Own(keras.Model):
+        def train_step(self, data):
+            return {}
+
+    inputs = keras.Input((4,))
+    model = Own(inputs, layers.Dense(3)(layers.Dense(4)(inputs)))
+    fdg_keras.plan(model, 2, 8, measure=False)
+    with pytest.raises(ValueError, match="overrides `train_step`"):
+        fdg_keras.plan(_compiled(model), 2, 8, measure=False)
+
+
+def test_defaults():
+    plan = fdg_keras.plan(network(), measure=False)
+    assert (len(plan.stages), plan.batch_size) == (4, 128)
+    assert (plan.delay, plan.stash) == (2, "exact")
 
 
 def test_training_follows_a_plan():
