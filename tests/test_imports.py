@@ -38,6 +38,7 @@ LADDER = [
     "optimizers",
     "validation",
     "stages",
+    "keys",
     "profiles",
     "profiling",
     "stashes",

@@ -174,7 +174,9 @@ def test_bytes_of_each_mode(stash):
         assert stage.peak_bytes > stage.stash_bytes
 
 
-def test_what_is_alike_is_measured_once(monkeypatch):
+@pytest.fixture
+def pieces(monkeypatch):
+    """Names of the nodes that were measured."""
     made = []
     init = fdg_keras.profiling._Piece.__init__
 
@@ -183,8 +185,48 @@ def test_what_is_alike_is_measured_once(monkeypatch):
         init(self, graph, node, *rest)
 
     monkeypatch.setattr(fdg_keras.profiling._Piece, "__init__", counting)
+    return made
+
+
+def test_what_is_alike_is_measured_once(pieces):
     profile(trace_graph(network(blocks=8)), 8, DEVICE)
-    assert made == ["stem", "conv0", "norm0", "add0", "pool", "head"]
+    assert pieces == ["stem", "conv0", "norm0", "add0", "pool", "head"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "make"),
+    [
+        ((4, 8), lambda i: layers.Bidirectional(layers.LSTM(4, **SEQUENCE))),
+        ((4, 8), lambda i: layers.RNN(layers.GRUCell(8), **SEQUENCE)),
+        ((8,), lambda i: layers.Dropout(0.5, seed=i)),
+        ((4, 8), lambda i: layers.TimeDistributed(layers.Dense(8))),
+        (
+            (8,),
+            lambda i: layers.Dense(
+                8, kernel_initializer=keras.initializers.HeNormal(seed=i)
+            ),
+        ),
+    ],
+)
+def test_names_and_seeds_make_no_difference(pieces, shape, make):
+    model = keras.Sequential([keras.Input(shape), *map(make, range(4))])
+    profile(trace_graph(model), 8, DEVICE, measure=False)
+    # A first layer differs: nobody asks for its input's gradient.
+    assert len(pieces) <= 2
+
+
+SEQUENCE = {"return_sequences": True}
+
+
+def test_precision_makes_a_difference(pieces):
+    model = keras.Sequential(
+        [
+            keras.Input((8,)),
+            *(layers.ReLU(dtype=d) for d in ("float32", "mixed_bfloat16")),
+        ]
+    )
+    profile(trace_graph(model), 8, DEVICE, measure=False)
+    assert len(pieces) == 2
 
 
 def test_what_was_measured_is_kept(monkeypatch, tmp_path):
@@ -197,22 +239,146 @@ def test_what_was_measured_is_kept(monkeypatch, tmp_path):
         profile(graph, 16, DEVICE, cache_dir=tmp_path)
     with pytest.raises(TypeError, match="callable"):
         profile(graph, 8, DEVICE, jit_compile=True, cache_dir=tmp_path)
+    # Nor of another machine, or of fewer of its cores.
+    for name, value in (
+        ("fdg_keras.keys._processor", lambda: "another"),
+        ("fdg_keras.keys._own_version", lambda: "0.0"),
+        ("os.sched_getaffinity", lambda _: {0, 1, 2, 3, 4}),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(name, value)
+            with pytest.raises(TypeError, match="callable"):
+                profile(graph, 8, DEVICE, cache_dir=tmp_path)
+
+
+class Twice(layers.Layer):
+    """A layer of the user's own."""
+
+    def call(self, x):
+        return 2.0 * x
+
+    def compute_output_shape(self, shape):
+        return shape
+
+
+class Applies(layers.Layer):
+    """Whose configuration does not say what it does."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def call(self, x):
+        return self.function(x)
+
+
+def half(x):
+    return 0.5 * x
+
+
+def no_loss(weights):
+    return 0.0
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        Twice,
+        lambda: Applies(half),
+        lambda: Applies(keras.ops.sin),
+        lambda: layers.Lambda(lambda x: x + 1.0),
+        lambda: layers.Dense(4, activation=half),
+        lambda: layers.TimeDistributed(Twice()),
+        lambda: layers.Dense(4, kernel_regularizer=no_loss),
+    ],
+)
+def test_code_of_the_user_is_measured_anew(pieces, tmp_path, make):
+    """It may be another the next time, of the same name."""
+    inputs = keras.Input((3, 4))
+    model = keras.Model(inputs, layers.Dense(4)(make()(inputs)))
+    for _ in range(2):
+        profile(trace_graph(model), 8, DEVICE, cache_dir=tmp_path)
+    assert len(pieces) == 3
+    assert pieces[0] == pieces[2]
+
+
+def test_code_of_the_user_is_told_apart(pieces):
+    """By what it is, not by its name."""
+
+    def another():
+        class Twice(layers.Layer):
+            def call(self, x):
+                return keras.ops.sin(x)
+
+        return Twice()
+
+    made = [
+        layers.Lambda(lambda x: x + 1.0),
+        layers.Lambda(lambda x: x * x),
+        *(Twice() for _ in range(4)),
+        another(),
+        another(),
+    ]
+    model = keras.Sequential([keras.Input((8,)), *made])
+    profile(trace_graph(model), 8, DEVICE, measure=False)
+    # Only blocks of the same class are alike.
+    assert pieces == [made[k].name for k in (0, 1, 2, 6, 7)]
 
 
 def test_a_cache_never_fails(tmp_path):
     found = Profile(
-        1.0, 2.0, 3.0, (True, False), (False,), (True,), 12, (0, None)
+        1.0, 2.0, 3.0, (True, False), (False,), (True,), 12, (0,), 1
     )
     cache = ProfileCache(tmp_path)
     cache.write("one", found)
-    assert cache.read("one") == found
-    assert cache.read("two") is None
-    (tmp_path / "one.json").write_text("{")
-    assert cache.read("one") is None
-    (tmp_path / "file").write_text("")
-    beneath_a_file = ProfileCache(tmp_path / "file")
+    assert cache.read("one", 2, 1, 1) == found
+    assert cache.read("two", 2, 1, 1) is None
+    beneath_a_file = ProfileCache(tmp_path / "one.json")
     beneath_a_file.write("one", found)
-    assert beneath_a_file.read("one") is None
+    assert beneath_a_file.read("one", 2, 1, 1) is None
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "",
+        "{",
+        "null",
+        "[1]",
+        "7",
+        "[" * 100_000,
+        {"surplus": 1},
+        {"forward_s": "x"},
+        {"forward_s": None},
+        {"backward_s": -1.0},
+        {"processor_s": float("nan")},
+        {"forward_s": float("inf")},
+        {"forward_s": True},
+        {"keeps_inputs": []},
+        {"keeps_inputs": True},
+        {"keeps_outputs": [1]},
+        {"keeps_weights": ["x", "y"]},
+        {"keeps_bytes": "x"},
+        {"keeps_bytes": 1.5},
+        {"views": [7]},
+        {"views": []},
+        {"views": None},
+        {"unsized": -1},
+    ],
+)
+def test_a_cache_that_is_spoilt_is_measured_again(pieces, tmp_path, wrong):
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(4)])
+    graph = trace_graph(model)
+    first = profile(graph, 8, DEVICE, cache_dir=tmp_path)
+    (path,) = tmp_path.glob("*.json")
+    if isinstance(wrong, dict):
+        wrong = json.dumps(json.loads(path.read_text()) | wrong)
+    path.write_text(wrong)
+    again = profile(graph, 8, DEVICE, cache_dir=tmp_path)
+    assert len(pieces) == 2
+    assert again[0].keeps_bytes == first[0].keeps_bytes
+    assert profile(graph, 8, DEVICE, cache_dir=tmp_path) == again
+    assert len(pieces) == 2
 
 
 def test_costs_are_those_of_the_layers():
