@@ -95,6 +95,7 @@ _OF_PLANS = {
     "stash": _maybe("a mode", _is_text),
     "step_s": _SECONDS,
     "whole_s": _SECONDS,
+    "measured_step_s": _SECONDS,
     "notes": ("a list of texts", _all(_is_text)),
 }
 _OF_STAGES = {

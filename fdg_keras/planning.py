@@ -5,8 +5,6 @@ sending and receiving included. Costs are estimated here (see `costs`), so the
 same model is cut alike everywhere; `planner` measures them.
 """
 
-import dataclasses
-import itertools
 import math
 import numbers
 import re
@@ -19,9 +17,6 @@ from fdg_keras.balancing import best_ends
 from fdg_keras.costs import cut_costs, elements, node_cost
 from fdg_keras.plans import Plan, StagePlan
 from fdg_keras.slicing import Graph, Slice, cut_graph
-
-# Advice that promises less than this part of a tick is not given.
-_WORTH_MOVING = 0.05
 
 
 def choose_cuts(graph: Graph, splits: Any) -> list[int]:
@@ -145,60 +140,6 @@ def _balanced(graph: Graph, splits: int) -> list[int]:
     found = balance(legal_ends(graph, splits), *estimates(graph, splits))
     assert found is not None  # nothing is too large
     return found
-
-
-def with_measured(
-    graph: Graph, plan: Plan, seconds: Sequence[float | None]
-) -> Plan:
-    """Returns a plan with what its stages were seen to take, and advice.
-
-    What a stage took, over what was expected, scales the costs of its layers;
-    cuts that balance the scaled costs are the advice.
-
-    Args:
-        graph: The model.
-        plan: What was expected.
-        seconds: That each stage computed in a tick.
-    """
-    stages = tuple(
-        dataclasses.replace(stage, measured_s=one)
-        for stage, one in zip(plan.stages, seconds)
-    )
-    plan = dataclasses.replace(plan, stages=stages)
-    known = [one for one in seconds if one]
-    if len(known) < len(stages) or len(stages) < 2:
-        return plan
-    advice = _advice(graph, plan, known)
-    return dataclasses.replace(plan, notes=(*plan.notes, advice))
-
-
-def _advice(graph: Graph, plan: Plan, seconds: Sequence[float]) -> str:
-    costs = np.concatenate(
-        [
-            np.array(stage.costs) * one / (sum(stage.costs) or 1.0)
-            for stage, one in zip(plan.stages, seconds)
-        ]
-    )
-    slowest = int(np.argmax(seconds))
-    took = (
-        f"Measured: stage {slowest} is the slowest, it computes "
-        f"{1e3 * seconds[slowest]:.3g} ms a tick"
-    )
-    splits = len(seconds)
-    nodes = np.tile(costs, (splits, 1))
-    found = balance(legal_ends(graph, splits), nodes, np.zeros(nodes.shape))
-    assert found is not None  # nothing is too large
-    edges = [0, *(cut + 1 for cut in found), len(costs)]
-    best = max(costs[a:b].sum() for a, b in itertools.pairwise(edges))
-    now = [count - 1 for count in plan.cuts]
-    if best > (1 - _WORTH_MOVING) * seconds[slowest]:
-        return f"{took}; no cut is worth moving."
-    moves = ", ".join(
-        f"after {graph.nodes[new].name!r} instead of {graph.nodes[old].name!r}"
-        for old, new in zip(now, found)
-        if old != new
-    )
-    return f"{took}. Cut {moves}: then it should be {1e3 * best:.3g} ms."
 
 
 def _cuts_after(graph: Graph, names: Sequence[Any]) -> list[int]:

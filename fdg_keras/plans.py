@@ -84,6 +84,7 @@ class Plan:
         stash: The stash mode that bytes are of.
         step_s: Expected seconds of a training step.
         whole_s: The same on the first device alone, by back-propagation.
+        measured_step_s: Measured seconds of a tick in the last epoch.
         notes: What a reader should know, a sentence or two each.
     """
 
@@ -93,6 +94,7 @@ class Plan:
     stash: str | None = None
     step_s: float | None = None
     whole_s: float | None = None
+    measured_step_s: float | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -192,25 +194,32 @@ class Plan:
             ("forward ms", True, [_ms(s.forward_s) for s in stages]),
             ("backward ms", True, [_ms(s.backward_s) for s in stages]),
             ("measured ms", True, [_ms(s.measured_s) for s in stages]),
-            ("busy %", True, [self._busy(s) for s in stages]),
+            (
+                "busy %",
+                True,
+                [_share(s.tick_s, self.step_s) for s in stages],
+            ),
+            (
+                "measured %",
+                True,
+                [_share(s.measured_s, self.measured_step_s) for s in stages],
+            ),
             ("sends MiB", True, [_mib(s.sends_bytes) for s in stages]),
             ("stash MiB", True, [_mib(s.stash_bytes) for s in stages]),
             ("peak MiB", True, [_mib(s.peak_bytes) for s in stages]),
         ]
 
-    def _busy(self, stage: StagePlan) -> str:
-        if stage.tick_s is None or not self.step_s:
-            return ""
-        return f"{100 * stage.tick_s / self.step_s:.0f}"
-
     def _expectation(self) -> list[str]:
-        if not self.step_s or not self.whole_s:
-            return []
-        return [
-            f"Expected: {1 / self.step_s:.3g} steps/s of {self.batch_size} "
-            f"samples, {self.whole_s / self.step_s:.2f} times the "
-            f"{1 / self.whole_s:.3g} steps/s of one device"
-        ]
+        lines = []
+        if self.step_s and self.whole_s:
+            lines.append(
+                f"Expected: {1 / self.step_s:.3g} steps/s of {self.batch_size} "
+                f"samples, {self.whole_s / self.step_s:.2f} times the "
+                f"{1 / self.whole_s:.3g} steps/s of one device"
+            )
+        if self.measured_step_s:
+            lines.append(f"Measured: {1 / self.measured_step_s:.3g} steps/s")
+        return lines
 
     def to_json(self) -> str:
         """Returns the plan as text, for `from_json`."""
@@ -257,6 +266,10 @@ def _stage(record: dict[str, Any]) -> StagePlan:
     if record["bytes"] is not None:
         record["bytes"] = StageBytes(**record["bytes"])
     return StagePlan(**record)
+
+
+def _share(part: float | None, whole: float | None) -> str:
+    return f"{100 * part / whole:.0f}" if part is not None and whole else ""
 
 
 def _ms(seconds: float | None) -> str:

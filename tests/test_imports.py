@@ -24,6 +24,7 @@ LADDER = [
     "plan_records",
     "plans",
     "planning",
+    "advice",
     "placement",
     "subgraphs",
     "mincut",

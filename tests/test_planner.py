@@ -13,8 +13,9 @@ from keras import layers
 
 import fdg_keras
 from fdg_keras import Plan, Trainer, expectations, planner
+from fdg_keras.advice import Measured, with_measured
 from fdg_keras.crossing import STASHES
-from fdg_keras.planning import choose_cuts, with_measured
+from fdg_keras.planning import choose_cuts
 from fdg_keras.profiles import Profile, ProfileCache
 from fdg_keras.profiling import profile
 from fdg_keras.rates import UpdateRate, transfer_rate
@@ -645,9 +646,31 @@ def test_training_follows_a_plan():
     ]
     assert "measured ms" in str(after)
     assert "Measured: stage" in str(after)
+    # Utilisation that comes back: what is measured beside what is expected.
+    assert after.measured_step_s >= max(s.measured_s for s in after.stages)
+    assert f"Measured: {1 / after.measured_step_s:.3g} steps/s" in str(after)
+    assert "measured %" in str(after)
+    assert Plan.from_json(after.to_json()) == after
     # Neither is it the plan's own, nor does it add up.
     assert trainer.plan == after
     assert all(stage.measured_s is None for stage in plan.stages)
+
+
+def test_a_plan_of_other_settings_says_so():
+    model = network()
+    devices = ["CPU:0", "CPU:1"]
+    plan = fdg_keras.plan(model, 2, 8, devices, measure=False)
+    trainer = Trainer(model, plan, devices, delay=1, stash="replay")
+    (note,) = trainer.plan.notes
+    assert "of delay=2, stash='exact', but" in note
+    assert "with delay=1, stash='replay':" in note
+    x, y = np.ones((32, 8, 8, 3), "float32"), np.zeros(32)
+    trainer.fit(x, y, batch_size=16, verbose=0)
+    assert "of batch_size=8, delay=2" in trainer.plan.notes[0]
+    assert "with batch_size=16, delay=1" in trainer.plan.notes[0]
+    same = Trainer(model, plan, devices)
+    same.fit(x, y, batch_size=8, verbose=0)
+    assert not any("make a plan" in note for note in same.plan.notes)
 
 
 def test_a_plan_of_another_model():
@@ -709,12 +732,18 @@ def test_advice_moves_a_cut_from_the_slowest_stage():
             for s in plan.stages
         ),
     )
-    note = with_measured(graph, plan, seconds).notes[-1]
+    note = with_measured(graph, plan, Measured(seconds, 0.1, 100)).notes[-1]
     assert "stage 1 is the slowest" in note
     assert "Cut after 'conv3' instead of 'conv0'" in note
     balanced = Trainer(model, ["conv3"], ["CPU:0", "CPU:1"]).plan
-    note = with_measured(graph, balanced, [1e-3, 1.01e-3]).notes[-1]
+    measured = Measured([1e-3, 1.01e-3], 0.1, 100)
+    note = with_measured(graph, balanced, measured).notes[-1]
     assert "no cut is worth moving" in note
+    # Few ticks are no base for advice.
+    few = with_measured(graph, plan, Measured(seconds, 0.1, 99))
+    assert "on average of 99 ticks. After 100" in few.notes[-1]
+    assert "instead of" not in few.notes[-1]
+    assert [s.measured_s for s in few.stages] == seconds
 
 
 def test_it_says_when_splitting_does_not_pay(monkeypatch):
