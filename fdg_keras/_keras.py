@@ -106,9 +106,9 @@ def standardize_inputs(functional: Functional, x: Any) -> list[tf.Tensor]:
     return functional._standardize_inputs(x)
 
 
-def layers_within(model: keras.Model) -> list[keras.layers.Layer]:
-    """Returns a model and all layers in it. Private: `_flatten_layers`."""
-    return list(model._flatten_layers())
+def layers_within(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
+    """Returns a layer or model, and all in it. Private: `_flatten_layers`."""
+    return list(layer._flatten_layers())
 
 
 def check_names(functional: Functional, x: Any) -> None:

@@ -29,22 +29,22 @@ def best_ends(
         How many pieces precede the end of each stage, K increasing numbers of
         which the last is `count`. `None` if all ways are infinite.
     """
-    slowest = np.full(count + 1, math.inf)
-    slowest[0] = 0.0
-    chosen = []
-    for k in range(splits):
-        fresh = np.full(count + 1, math.inf)
-        origin = np.zeros(count + 1, int)
-        # Each stage has a piece, those that follow, too.
-        for j in range(k + 1, count - (splits - 1 - k) + 1):
-            options = np.maximum(slowest[:j], cost(k, j))
-            origin[j] = np.argmin(options)
-            fresh[j] = options[origin[j]]
-        slowest = fresh
-        chosen.append(origin)
-    if math.isinf(slowest[count]):
+    slowest = np.full((splits + 1, count + 1), math.inf)
+    slowest[0, 0] = -math.inf
+    origin = np.zeros((splits, count + 1), int)
+    # By the end of a stage first: so costs of the same pieces are asked for
+    # one after the other, and what they have in common is found once.
+    for j in range(1, count + 1):
+        for k in range(splits):
+            # Each stage has a piece, those that follow, too.
+            if not k < j <= count - (splits - 1 - k):
+                continue
+            options = np.maximum(slowest[k, :j], cost(k, j))
+            origin[k, j] = np.argmin(options)
+            slowest[k + 1, j] = options[origin[k, j]]
+    if np.isposinf(slowest[splits, count]):
         return None
     ends = [count]
-    for origin in reversed(chosen[1:]):
-        ends.insert(0, int(origin[ends[0]]))
+    for k in reversed(range(1, splits)):
+        ends.insert(0, int(origin[k, ends[0]]))
     return ends

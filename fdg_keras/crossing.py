@@ -47,7 +47,8 @@ class StashBytes:
         weights: Weights as they were at the forward. Today's are there anyway,
             so that this is the price of an update between F and B.
         unsized: How many tensors are not counted, because their size is not
-            known: what a loop keeps for its gradient (`variant`), strings.
+            known: what a loop of unknown length keeps for its gradient
+            (`variant`), strings.
     """
 
     batch: int

@@ -125,6 +125,11 @@ class Batches:
         self._adapter.on_epoch_end()
         self._iterator = None
 
+    @property
+    def batch_size(self) -> int | None:
+        """Samples of a batch, if that is known before it is drawn."""
+        return self._adapter.batch_size
+
     @contextlib.contextmanager
     def epoch(self) -> Iterator["Epoch"]:
         """Opens an epoch; say in it how many batches were drawn.

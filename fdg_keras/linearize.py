@@ -216,6 +216,7 @@ class Linearized:
             other_bytes=sum(
                 size or 0 for name, size in found.items() if name not in named
             ),
+            unsized=sum(size is None for size in found.values()),
         )
 
     def _constant(self, by_weights: list) -> set[str]:
@@ -299,6 +300,7 @@ class Kept:
         outputs: For each output.
         views: For each output the input whose memory it is, if it is one's.
         other_bytes: Of what is none of these.
+        unsized: How many tensors are of unknown size, and not counted.
     """
 
     weights: tuple[bool, ...]
@@ -306,6 +308,7 @@ class Kept:
     outputs: tuple[bool, ...]
     views: tuple[int | None, ...]
     other_bytes: int
+    unsized: int
 
 
 @dataclass

@@ -1,26 +1,21 @@
 """The bytes that stages hold, for any cut, from profiles of single nodes."""
 
 import dataclasses
-import functools
 import itertools
-import numbers
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 from fdg_keras import delays
-from fdg_keras.balancing import best_ends
 from fdg_keras.costs import crossing
 from fdg_keras.crossing import OF_THE_FORWARD, Stash
-from fdg_keras.plans import StagePlan
 from fdg_keras.profiles import Profile
 from fdg_keras.profiling import batch_spec, needs_gradient, size_of
+from fdg_keras.resources import StageBytes
 from fdg_keras.slicing import Graph
-
-_MIB = 2**20
 
 
 class Ledger:
@@ -28,8 +23,10 @@ class Ledger:
 
     What a stage keeps of a batch from its forward to its backward is made up
     of what the backwards of its nodes read. A value that two of them read is
-    kept once, and it is kept by each stage that reads it. What `"selective"`
-    keeps is not a sum over nodes: it is counted as `"exact"`, which is more.
+    kept once, and it is kept by each stage that reads it. With `"replay"` only
+    inputs are kept; the rest comes back while the backward runs. What
+    `"selective"` keeps is not a sum over nodes: it is counted as `"exact"`,
+    which is more.
 
     Args:
         graph: The model.
@@ -54,14 +51,22 @@ class Ledger:
         self._stash, self._slots = stash, slots
         sizes = [size_of(batch_spec(s, batch_size)) for s in graph.symbols]
         needed = needs_gradient(graph)
-        self._reads = _reads(graph, profiles, sizes, stash)
+        if stash == "replay":
+            self._kept = _reads(graph, profiles, sizes, "inputs")
+            self._again = _reads(graph, profiles, sizes, "made within")
+        else:
+            self._kept = _reads(graph, profiles, sizes, "all")
+            self._again = self._kept[:0]
         trainable = [node.trainable_variables for node in graph.nodes]
         #: Bytes of trainable weights, by the first node that uses them.
         self.weights: np.ndarray = _by_first_node(trainable)
-        self._weights_read = _by_first_node(
-            itertools.compress(weights, found.keeps_weights)
-            for weights, found in zip(trainable, profiles)
-        )
+        # As they were at a forward, where they are kept.
+        self._copies = np.zeros(len(trainable))
+        if stash in OF_THE_FORWARD:
+            self._copies = _by_first_node(
+                itertools.compress(weights, found.keeps_weights)
+                for weights, found in zip(trainable, profiles)
+            )
         self._state = _by_first_node(
             [v for v in node.variables if not v.trainable]
             for node in graph.nodes
@@ -119,25 +124,34 @@ class Ledger:
         """Samples in a batch."""
         return self._batch_size
 
-    def sized(
-        self, stage: StagePlan, start: int, stop: int, k: int, splits: int
-    ) -> StagePlan:
-        """Returns a stage with its bytes.
+    @property
+    def batch_is_fixed(self) -> bool:
+        """Whether the model says how large a batch is."""
+        shapes = [self._graph.symbols[v].shape for v in self._graph.inputs]
+        return any(shape and shape[0] is not None for shape in shapes)
+
+    def unsized(self, start: int, stop: int) -> int:
+        """Returns how many tensors of a stage have no known size."""
+        return sum(found.unsized for found in self._profiles[start:stop])
+
+    def sized(self, start: int, stop: int) -> StageBytes:
+        """Returns the bytes of a stage.
 
         Args:
-            stage: Without.
             start: Its first node.
             stop: The one after its last node.
-            k: Its index.
-            splits: K.
         """
-        late = delays.stage_delay(k, splits, self._delay)
         last = stop - 1
-        return dataclasses.replace(
-            stage,
-            sends_bytes=int(self.sent[last]),
-            stash_bytes=int(self.in_flight(start, late)[last]),
-            peak_bytes=int(self.peak(start, late)[last]),
+        return StageBytes(
+            batch=int(self.stashed(start)[last]),
+            again=int(self._made_again(start)[last]),
+            copies=int(_since(self._copies, start)[last]),
+            weights=int(_since(self.weights, start)[last]),
+            slots=int(self._slots * _since(self.weights, start)[last]),
+            state=int(_since(self._state, start)[last]),
+            links=int(self._links(start)[last]),
+            returned=int(self.returned[last]),
+            running=int(self._running[start:stop].max()),
         )
 
     def stashed(self, start: int) -> np.ndarray:
@@ -149,35 +163,22 @@ class Ledger:
         Returns:
             `[nodes]`, by its last node; nothing before `start`.
         """
-        at, sizes, since, made = self._reads
-        # Not if a node of the stage has read it before, or has made it again.
-        counts = (at >= start) & (since < start) & (made < start)
-        kept = np.bincount(at[counts], sizes[counts], len(self._running))
-        return np.cumsum(kept)
+        return _by_last_node(self._kept, start, len(self._running))
 
-    def in_flight(self, start: int, late: int) -> np.ndarray:
-        """Returns the bytes in a stage's stash, between F and B of a tick.
+    def _made_again(self, start: int) -> np.ndarray:
+        """Returns bytes that a replaying backward has beside its inputs."""
+        return _by_last_node(self._again, start, len(self._running))
 
-        Those of d_k + 1 batches and, with `stash="exact"` or `"selective"`, of
-        d_k copies of the weights that backwards read.
-
-        Args:
-            start: The stage's first node.
-            late: Its delay d_k, in batches.
-
-        Returns:
-            `[nodes]`, by its last node; nothing before `start`.
-        """
-        copies = late if self._stash in OF_THE_FORWARD else 0
-        return (late + 1) * self.stashed(start) + copies * _since(
-            self._weights_read, start
-        )
+    def _links(self, start: int) -> np.ndarray:
+        sent = self.sent[start - 1] if start else 0.0
+        return delays.link_capacity(self._delay) * (self.returned + sent)
 
     def peak(self, start: int, late: int) -> np.ndarray:
-        """Returns all bytes that a stage holds at most.
+        """Returns all bytes that a stage holds at most, in a backward.
 
-        Weights, their gradients, slots and state; the stash; links in both
-        directions; and the largest node, while it runs.
+        Weights, their gradients, slots and state; the stash, and of a batch
+        what the backward makes again; links in both directions; and the
+        largest node, while it runs.
 
         Args:
             start: The stage's first node.
@@ -186,148 +187,85 @@ class Ledger:
         Returns:
             `[nodes]`, by its last node; nothing before `start`.
         """
-        weights = _since(self.weights, start)
-        links = delays.link_capacity(self._delay) * self.returned
-        if start:
-            links = links + (
-                delays.link_capacity(self._delay) * self.sent[start - 1]
-            )
         running = self._running.copy()
         running[:start] = 0.0
         return (
-            weights * (2.0 + self._slots)
+            _since(self.weights, start) * (2.0 + self._slots)
             + _since(self._state, start)
-            + self.in_flight(start, late)
-            + links
+            + (late + 1) * self.stashed(start)
+            + late * _since(self._copies, start)
+            + self._made_again(start)
+            + self._links(start)
             + np.maximum.accumulate(running)
         )
 
+    def columns(
+        self, starts: np.ndarray, stops: Sequence[int]
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yields the peaks of stages that end at a node, for each such node.
 
-class Room:
-    """Which cuts fit in memory.
+        The same as `peak`, by the first node instead of the last: a table for
+        all pairs of nodes would not fit in memory.
 
-    Args:
-        ledger: Of the model.
-        ends: Positions at which a stage may end, the last node's included.
-        splits: Number of stages.
-        limit: Bytes that a stage may hold, or one number for each; `None`
-            stands for no limit.
+        Args:
+            starts: Nodes at which a stage may begin, in order.
+            stops: Last nodes of stages, in order.
 
-    Raises:
-        ValueError: If `limit` is none of these.
-    """
-
-    def __init__(
-        self, ledger: Ledger, ends: np.ndarray, splits: int, limit: Any
-    ):
-        self._ledger = ledger
-        self._ends = ends
-        self._limits = None if limit is None else _limits(limit, splits)
-
-    @property
-    def excess(self) -> Callable[[int, int], np.ndarray] | None:
-        """By how much stages are too large, as `planning.balance` asks."""
-        if self._limits is None:
-            return None
-        return self._excess_of(self._ledger, self._limits)
-
-    def refusal(self) -> str:
-        """Returns why no cuts fit, and what would."""
-        limits = self._limits or []
-        worst, k = self._smallest(self._ledger, limits)
-        fits = [
-            text
-            for text, ledger, splits in self._ways_out(len(limits))
-            if self._smallest(ledger, [*limits, *limits[-1:] * splits])[0] <= 0
-        ]
-        needs = limits[k] + worst
-        return (
-            f"The model does not fit: with the cuts that come closest, stage "
-            f"{k} of {len(limits)} needs {needs / _MIB:,.1f} MiB, "
-            f"{worst / _MIB:,.1f} MiB more than its limit of "
-            f"{limits[k] / _MIB:,.1f} MiB. What would fit: "
-            + (
-                "; ".join(fits)
-                or "none of more stages, another stash mode or a smaller batch"
+        Yields:
+            `[starts]` twice: bytes without delay, and how many each batch of
+            delay adds. They hold for starts that are not after the stop.
+        """
+        count = len(self._running)
+        there = self.weights * (2.0 + self._slots) + self._state
+        done, copied = (
+            np.concatenate([[0.0], np.cumsum(each)])
+            for each in (there, self._copies)
+        )
+        capacity = delays.link_capacity(self._delay)
+        sent = np.concatenate([[0.0], self.sent])[starts]
+        kept, again = (
+            _by_first_node_of(table, count, stops)
+            for table in (self._kept, self._again)
+        )
+        running = np.zeros(count)
+        before = 0
+        for stop in stops:
+            for node in range(before, stop + 1):
+                here = running[: node + 1]
+                np.maximum(here, self._running[node], out=here)
+            before = stop + 1
+            stashed = next(kept)[starts]
+            yield (
+                done[stop + 1]
+                - done[starts]
+                + stashed
+                + next(again)[starts]
+                + capacity * (self.returned[stop] + sent)
+                + running[starts],
+                stashed + copied[stop + 1] - copied[starts],
             )
-            + "."
-        )
-
-    def _ways_out(self, splits: int) -> Iterator[tuple[str, Ledger, int]]:
-        """Yields what else may be tried, and how many stages it adds."""
-        ledger = self._ledger
-        if ledger.stash != "replay":
-            yield 'stash="replay"', ledger.otherwise("replay"), 0
-        for factor in (2, 4, 8, 16):
-            if ledger.batch_size >= factor:
-                yield (
-                    f"batch_size={ledger.batch_size // factor}",
-                    ledger.otherwise(ledger.stash, factor),
-                    0,
-                )
-        for more in (1, 2, 4):
-            if splits + more <= len(self._ends):
-                yield f"splits={splits + more}", ledger, more
-
-    def _smallest(
-        self, ledger: Ledger, limits: Sequence[float]
-    ) -> tuple[float, int]:
-        """Returns the excess that cannot be avoided, and whose it is."""
-        excess = self._excess_of(ledger, limits)
-        # Shifted: what a search for the smallest compares begins at 0.
-        shift = max(limits)
-        ends = best_ends(
-            len(self._ends), len(limits), lambda k, j: excess(k, j) + shift
-        )
-        assert ends is not None  # nothing is infinite
-        found = [
-            float(excess(k, b)[a])
-            for k, (a, b) in enumerate(itertools.pairwise([0, *ends]))
-        ]
-        k = int(np.argmax(found))
-        return found[k], k
-
-    def _excess_of(
-        self, ledger: Ledger, limits: Sequence[float]
-    ) -> Callable[[int, int], np.ndarray]:
-        starts = [0, *(end + 1 for end in self._ends[:-1])]
-
-        @functools.cache
-        def peaks(k: int) -> np.ndarray:
-            late = delays.stage_delay(k, len(limits), ledger.delay)
-            return np.stack(
-                [ledger.peak(start, late)[self._ends] for start in starts]
-            )
-
-        return lambda k, j: peaks(k)[:j, j - 1] - limits[k]
-
-
-def _limits(limit: Any, splits: int) -> list[float]:
-    limits = [limit] * splits if isinstance(limit, numbers.Real) else limit
-    try:
-        found = [float(one) for one in limits]
-    except (TypeError, ValueError):
-        found = []
-    if len(found) != splits or not all(one > 0 for one in found):
-        raise ValueError(
-            "Expected `memory_limit` to be the bytes that a stage may hold, or "
-            f"{splits} such numbers, one for each stage. Received: {limit!r}"
-        )
-    return found
 
 
 def _reads(
     graph: Graph,
     profiles: Sequence[Profile],
     sizes: Sequence[int],
-    stash: Stash,
-) -> tuple[np.ndarray, ...]:
-    """Returns what backwards read, as columns of a table.
+    what: Literal["all", "inputs", "made within"],
+) -> np.ndarray:
+    """Returns what backwards read, as rows of a table.
+
+    Args:
+        graph: The model.
+        profiles: Of its nodes.
+        sizes: Of its values, in bytes.
+        what: `"all"` that backwards read; or all inputs of nodes that come
+            from outside of the stage; or what backwards read and a node of the
+            stage has made.
 
     Returns:
-        The node that reads, in order; bytes; the node that read the same
-        before; the node that made it, if whatever makes it anew need not keep
-        it. -1 where there is none.
+        `[reads, 4]`: the node that reads, in order; bytes; and a and b, such
+        that it counts for stages that begin at node a < start <= b: a node
+        that has read the same before is not in the stage.
     """
     rows = []
     made: dict[int, int] = {}
@@ -336,9 +274,14 @@ def _reads(
 
     def add(position: int, value: int) -> None:
         value = same.get(value, value)
-        origin = made.get(value, -1) if stash == "replay" else -1
-        rows.append((position, sizes[value], last.get(value, -1), origin))
+        after, until = last.get(value, -1), position
+        if what == "inputs":
+            after = max(after, made.get(value, -1))
+        elif what == "made within":
+            until = min(until, made.get(value, -1))
         last[value] = position
+        if after < until:
+            rows.append((position, sizes[value], after, until))
 
     for position, (node, found) in enumerate(zip(graph.nodes, profiles)):
         inputs = list(dict.fromkeys(node.inputs))
@@ -346,16 +289,38 @@ def _reads(
             if of is not None:
                 same[value] = same.get(inputs[of], inputs[of])
         for value, keeps in zip(inputs, found.keeps_inputs):
-            if keeps or stash == "replay":
+            if keeps or what == "inputs":
                 add(position, value)
         made.update((value, position) for value in node.outputs)
-        if stash == "replay":
-            continue  # The forward is run again.
+        if what == "inputs":
+            continue
         for value, keeps in zip(node.outputs, found.keeps_outputs):
             if keeps:
                 add(position, value)
-        rows.append((position, found.keeps_bytes, -1, -1))
-    return tuple(np.array(rows, int).reshape(-1, 4).T)
+        rows.append((position, found.keeps_bytes, -1, position))
+    return np.array(rows, int).reshape(-1, 4)
+
+
+def _by_last_node(table: np.ndarray, start: int, count: int) -> np.ndarray:
+    """Returns bytes `[nodes]` of stages from `start` to each node."""
+    at, sizes, after, until = table.T
+    counts = (after < start) & (start <= until)
+    return np.cumsum(np.bincount(at[counts], sizes[counts], count))
+
+
+def _by_first_node_of(
+    table: np.ndarray, count: int, stops: Sequence[int]
+) -> Iterator[np.ndarray]:
+    """Yields bytes `[nodes]` of stages from each node to a stop."""
+    at, sizes, after, until = table.T
+    changes = np.zeros(count + 1)  # from each node to the next
+    done = 0
+    for stop in stops:
+        rows = slice(done, int(np.searchsorted(at, stop, "right")))
+        np.add.at(changes, after[rows] + 1, sizes[rows])
+        np.subtract.at(changes, until[rows] + 1, sizes[rows])
+        done = rows.stop
+        yield np.cumsum(changes[:-1])
 
 
 def _by_first_node(variables: Iterable[Iterable[keras.Variable]]) -> np.ndarray:

@@ -13,31 +13,26 @@ import tensorflow as tf
 
 from fdg_keras.crossing import Stash, StashBytes
 from fdg_keras.delays import stage_delay
-from fdg_keras.memory import Ledger, Room
-from fdg_keras.optimizers import check_optimizer
+from fdg_keras.expectations import TICK_S, assumptions, expected
+from fdg_keras.memory import Ledger
 from fdg_keras.placement import host_of, resolve_devices
 from fdg_keras.planning import balance, estimates, legal_ends, make_plan
 from fdg_keras.plans import Plan, StagePlan
 from fdg_keras.profiles import Profile
 from fdg_keras.profiling import description, profile
 from fdg_keras.rates import UpdateRate, transfer_rate, update_rate
-from fdg_keras.slicing import cut_graph, trace_graph
+from fdg_keras.resources import StageBytes
+from fdg_keras.room import Room
+from fdg_keras.slicing import Graph, cut_graph, trace_graph
 from fdg_keras.stashes import traced_stashes
 from fdg_keras.threads import warn
-from fdg_keras.validation import check_settings
-
-# Seconds of a tick beyond what its layers compute: links and loop. About what
-# `scripts/bench_speed.py` finds on CPUs, as overhead per stage.
-_TICK_S = 1e-4
-
-# A plan that promises less than this says that splitting will hardly pay.
-_PAYS = 1.1
+from fdg_keras.validation import check_model, check_settings
 
 
 def plan(
     model: keras.Model,
-    splits: int = 2,
-    batch_size: int = 32,
+    splits: int = 4,
+    batch_size: int = 128,
     devices: Sequence[str] | None = None,
     delay: int = 2,
     stash: Stash = "exact",
@@ -53,12 +48,20 @@ def plan(
     programming. Give the plan to `fit` or `Trainer` as `splits`. Print it to
     see the table.
 
+    Sizes that the model leaves open, beyond the batch's, are taken for 1: then
+    times and bytes are too small, and a note of the plan says so. Give the
+    model static shapes, `keras.Input((100, 64))` for sequences of 100 vectors,
+    to plan it. What loops of unknown length keep is not counted; of which
+    stages, a note says as well.
+
     Args:
         model: A Functional or Sequential model. If it is compiled, its
             optimizer counts for the time of updates and the memory of slots.
-        splits: Number of stages K.
-        batch_size: Samples in a batch.
-        devices: As for `Trainer`. They may differ in speed.
+        splits: Number of stages K, 4 by default.
+        batch_size: Samples in a batch, 128 by default.
+        devices: As for `Trainer`. They may differ in speed. Where stages share
+            one, the cuts are still those of the fastest slowest stage; the
+            pace that is expected is that of the device with most to do.
         delay: Batches of delay per hop, for the memory of what is in flight.
         stash: The stash mode, likewise, and for the time of its backward.
             What `"selective"` keeps is known of whole stages only: cuts are
@@ -67,8 +70,9 @@ def plan(
             running operations again is not counted.
         measure: Whether to measure. If not, cuts balance operation counts, as
             those of `Trainer(splits=K)` do, and no times are known.
-        memory_limit: Bytes that a stage may hold, or one such number for each
-            stage. Default: no limit.
+        memory_limit: Bytes that a device may hold. Stages that share a device
+            get equal parts of them. Or a list with a number for each stage.
+            Default: no limit.
         cache_dir: Where measurements are kept. Default: the folder that the
             environment's `FDG_KERAS_CACHE` names, or else `fdg_keras` in the
             user's folder for caches.
@@ -78,17 +82,19 @@ def plan(
 
     Raises:
         ValueError: If an argument is out of range, the model cannot be cut so
-            often, or a stage does not fit in memory; then it names the stage,
-            by how much it is too large, and what would fit.
+            often or was compiled with what cannot be done in stages, or a
+            stage does not fit in memory; then it names the stage, by how much
+            it is too large, and what would fit.
     """
     _check(splits, batch_size)
     check_settings(delay, stash, order="forward_first")
     graph = trace_graph(model)
+    _check_batch(graph, batch_size)
     ends = legal_ends(graph, splits)
     names = resolve_devices(devices, splits)
     optimizer = getattr(model, "optimizer", None)
     if optimizer is not None:
-        check_optimizer(optimizer)
+        check_model(model)
 
     # ---- What nodes and cuts cost ---------------------------------------
     jit_compile = model.jit_compile is True
@@ -104,14 +110,13 @@ def plan(
         graph, kind_of[0].profiles, batch_size, delay, stash, kind_of[0].slots
     )
     if measure:
-        times = np.array([kind.seconds(ledger, stash) for kind in kind_of])
-        nodes, paid = times.sum(-1), _handing_over(names, ledger)
+        times = _Times(kind_of, ledger, _handing_over(names, ledger))
+        nodes, paid = times.nodes, times.paid
     else:
-        times = None
         nodes, paid = estimates(graph, splits)
 
     # ---- The best cuts that fit -----------------------------------------
-    room = Room(ledger, ends, splits, memory_limit)
+    room = Room(ledger, ends, splits, memory_limit, names)
     cuts = balance(ends, nodes, paid, room.excess)
     if cuts is None:
         raise ValueError(room.refusal())
@@ -122,28 +127,32 @@ def plan(
     edges = list(
         itertools.pairwise([0, *(p + 1 for p in cuts), len(graph.nodes)])
     )
-    stages = [
-        ledger.sized(stage, a, b, k, splits)
-        for k, (stage, (a, b)) in enumerate(zip(bare.stages, edges))
-    ]
+    sizes = [ledger.sized(a, b) for a, b in edges]
     if stash == "selective":
         kept = traced_stashes(graph, slices, names[0], batch_size, stash)
-        stages = [
-            _resized(stage, stage_delay(k, splits, delay), size)
-            for k, (stage, size) in enumerate(zip(stages, kept))
-        ]
-    found = Plan(tuple(stages), batch_size, delay, stash)
-    if times is None:
+        sizes = [_selective(*each) for each in zip(sizes, kept)]
+    stages = [
+        _sized(stage, size, ledger.sent[b - 1], stage_delay(k, splits, delay))
+        for k, (stage, size, (_, b)) in enumerate(
+            zip(bare.stages, sizes, edges)
+        )
+    ]
+    uncounted = [k for k, edge in enumerate(edges) if ledger.unsized(*edge)]
+    notes = assumptions(graph, uncounted)
+    if memory_limit is not None:
+        for note in notes:
+            warn(f"{note} The memory limit is not sure to hold.")
+    found = Plan(tuple(stages), batch_size, delay, stash, notes=notes)
+    if not measure:
         return found
     timed = [
-        _timed(stage, times[k, a:b], paid[k], a, b)
-        for k, (stage, (a, b)) in enumerate(zip(stages, edges))
+        times.of(stage, k, *edge)
+        for k, (stage, edge) in enumerate(zip(stages, edges))
     ]
-    whole_s = float(times[0].sum())
-    processor_s = sum(p.processor_s for p in kind_of[0].profiles)
-    return _expected(
-        dataclasses.replace(found, stages=tuple(timed), whole_s=whole_s),
-        processor_s,
+    return expected(
+        dataclasses.replace(found, stages=tuple(timed), whole_s=times.whole_s),
+        sum(p.processor_s for p in kind_of[0].profiles),
+        all(_share_memory(names[0], name) for name in names),
     )
 
 
@@ -158,15 +167,61 @@ class _Kind:
     def slots(self) -> float:
         return self.update.slots if self.update else 0.0
 
-    def seconds(self, ledger: Ledger, stash: Stash) -> np.ndarray:
+    def seconds(self, ledger: Ledger) -> np.ndarray:
         """Returns seconds `[nodes, 2]` of each forward and backward."""
-        forward = np.array([p.forward_s for p in self.profiles])
         backward = np.array([p.backward_s for p in self.profiles])
-        if stash == "replay":
-            backward = backward + forward * (backward > 0)
         if self.update:
             backward = backward + self.update.seconds * ledger.weights
+        forward = np.array([p.forward_s for p in self.profiles])
         return np.stack([forward, backward], -1)
+
+    @property
+    def again(self) -> np.ndarray:
+        """Seconds `[nodes]` of forwards that a replaying backward repeats."""
+        return np.array(
+            [p.forward_s * (p.backward_s > 0) for p in self.profiles]
+        )
+
+
+class _Times:
+    """How long stages take, of devices that may differ.
+
+    Args:
+        kinds: What was found of each stage's device.
+        ledger: Of the model.
+        paid: Seconds `[K, nodes]` that a stage pays for a cut.
+
+    Attributes:
+        nodes: Seconds `[K, nodes]` of each node in each stage.
+        paid: As given.
+        whole_s: Of all nodes on the first device, by back-propagation.
+    """
+
+    def __init__(
+        self, kinds: Sequence[_Kind], ledger: Ledger, paid: np.ndarray
+    ):
+        self._times = np.array([kind.seconds(ledger) for kind in kinds])
+        self._again = np.array([kind.again for kind in kinds])
+        self.whole_s = float(self._times[0].sum())
+        if ledger.stash == "replay":
+            self._times[..., 1] += self._again
+        self.nodes = self._times.sum(-1)
+        self.paid = paid
+
+    def of(self, stage: StagePlan, k: int, a: int, b: int) -> StagePlan:
+        """Returns stage k, the nodes a to b, with its times."""
+        forward, backward = self._times[k, a:b].sum(0) + TICK_S / 2
+        sends = self.paid[k, b - 1]
+        returns = self.paid[k, a - 1] if a else 0.0
+        return dataclasses.replace(
+            stage,
+            costs=tuple(map(float, self.nodes[k, a:b])),
+            forward_s=float(forward + sends),
+            backward_s=float(backward + returns),
+            again_s=float(self._again[k, a:b].sum()),
+            sends_s=float(sends),
+            returns_s=float(returns),
+        )
 
 
 def _handing_over(names: Sequence[str], ledger: Ledger) -> np.ndarray:
@@ -196,90 +251,29 @@ def _task(device: str) -> tuple:
     return spec.job, spec.replica, spec.task
 
 
-def _resized(stage: StagePlan, late: int, size: StashBytes) -> StagePlan:
-    """Returns a stage with another stash, and its peak changed by as much."""
-    if not late:  # Its backward follows its forward: nothing is saved.
-        return stage
-    stash_bytes = size.total(late + 1, late)
-    saved = (stage.stash_bytes or 0) - stash_bytes
-    return dataclasses.replace(
-        stage,
-        stash_bytes=stash_bytes,
-        peak_bytes=(stage.peak_bytes or 0) - saved,
-    )
+def _selective(exact: StageBytes, kept: StashBytes) -> StageBytes:
+    """Returns a stage with what `"selective"` keeps instead of `"exact"`.
 
-
-def _timed(
-    stage: StagePlan, times: np.ndarray, paid: np.ndarray, a: int, b: int
-) -> StagePlan:
-    forward, backward = times.sum(0)
-    forward += paid[b - 1] + _TICK_S / 2
-    backward += (paid[a - 1] if a else 0.0) + _TICK_S / 2
-    return dataclasses.replace(
-        stage,
-        costs=tuple(map(float, times.sum(-1))),
-        forward_s=float(forward),
-        backward_s=float(backward),
-    )
-
-
-def _expected(found: Plan, processor_s: float) -> Plan:
-    """Adds how long a step takes, and says so if it hardly pays."""
-    load: dict[str, float] = {}
-    for stage in found.stages:
-        load[stage.device] = load.get(stage.device, 0.0) + (stage.tick_s or 0.0)
-    step_s = max(load.values())
-    names = [stage.device for stage in found.stages]
-    shared = len(names) > 1 and all(_share_memory(names[0], n) for n in names)
-    cores = len(os.sched_getaffinity(0))
-    if shared:
-        # All of these devices compute on the same cores.
-        step_s = max(step_s, (processor_s + len(names) * _TICK_S) / cores)
-    found = dataclasses.replace(found, step_s=step_s)
-    # The time of the longest tick, were there a device and cores for each.
-    bound = max(stage.tick_s or 0.0 for stage in found.stages)
-    if len(names) == 1 or (found.speed_up or 0.0) >= _PAYS:
-        return found
-    note = (
-        f"Splitting will hardly pay: {found.speed_up:.2f} times the speed of "
-        f"one device is expected, because "
-        f"{_reason(found, bound, cores if shared else None)}."
-    )
-    warn(note)
-    return dataclasses.replace(found, notes=(note,))
-
-
-def _reason(found: Plan, bound: float, cores: int | None) -> str:
-    """Returns why splitting does not pay.
-
-    Args:
-        found: The plan.
-        bound: Seconds of the longest tick of a stage by itself.
-        cores: That all devices share, if they do.
+    The rest of the batch comes back in its backward.
     """
-    whole_s, step_s = found.whole_s or 0.0, found.step_s or 0.0
-    if whole_s < 10 * _TICK_S:
-        return (
-            f"a batch takes only {1e3 * whole_s:.2g} ms on one device, and "
-            f"each stage adds about {1e3 * _TICK_S:.1g} ms of its own to it"
-        )
-    if step_s > 1.01 * bound:
-        if cores is None:
-            return "there are fewer devices than stages"
-        return (
-            f"all devices share the {cores} cores of one machine, and one "
-            "device alone keeps most of them busy"
-        )
-    k = max(range(len(found.stages)), key=lambda k: found.stages[k].tick_s or 0)
-    stage = found.stages[k]
-    longest = int(np.argmax(stage.costs))
-    if stage.costs[longest] > 0.5 * bound:
-        return (
-            f"{stage.layers[longest]!r} alone takes "
-            f"{100 * stage.costs[longest] / whole_s:.0f} % of the time, and a "
-            "layer is not divided"
-        )
-    return f"stage {k} also waits while tensors go from device to device"
+    return dataclasses.replace(
+        exact,
+        batch=kept.batch,
+        again=max(exact.batch - kept.batch, 0),
+        copies=kept.weights,
+    )
+
+
+def _sized(
+    stage: StagePlan, size: StageBytes, sent: float, late: int
+) -> StagePlan:
+    return dataclasses.replace(
+        stage,
+        sends_bytes=int(sent),
+        stash_bytes=size.stash(late),
+        peak_bytes=size.peak(late),
+        bytes=size,
+    )
 
 
 def _check(splits: Any, batch_size: Any) -> None:
@@ -289,4 +283,15 @@ def _check(splits: Any, batch_size: Any) -> None:
             raise ValueError(
                 f"Expected `{name}` to be a whole number of at least 1. "
                 f"Received: {value!r}"
+            )
+
+
+def _check_batch(graph: Graph, batch_size: int) -> None:
+    for value in graph.inputs:
+        shape = graph.symbols[value].shape
+        if shape and shape[0] not in (None, batch_size):
+            raise ValueError(
+                "Expected `batch_size` to be that of the model's inputs, "
+                f"{shape[0]}. Or make them without: `keras.Input(shape)` "
+                f"instead of `batch_shape`. Received: batch_size={batch_size}"
             )

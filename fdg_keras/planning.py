@@ -5,8 +5,6 @@ sending and receiving included. Costs are estimated here (see `costs`), so the
 same model is cut alike everywhere; `planner` measures them.
 """
 
-import dataclasses
-import itertools
 import math
 import numbers
 import re
@@ -19,9 +17,6 @@ from fdg_keras.balancing import best_ends
 from fdg_keras.costs import cut_costs, elements, node_cost
 from fdg_keras.plans import Plan, StagePlan
 from fdg_keras.slicing import Graph, Slice, cut_graph
-
-# Advice that promises less than this part of a tick is not given.
-_WORTH_MOVING = 0.05
 
 
 def choose_cuts(graph: Graph, splits: Any) -> list[int]:
@@ -80,8 +75,8 @@ def legal_ends(graph: Graph, splits: int) -> np.ndarray:
     """
     if not graph.nodes:
         raise ValueError(
-            "Expected a model with layers. Received: one that hands out what "
-            "it is given"
+            "Expected a model of one layer or more. This one hands its inputs "
+            f"out as they are. Received: splits={splits}"
         )
     legal = graph.legal_cuts()
     if not 1 <= splits <= len(legal) + 1:
@@ -147,60 +142,6 @@ def _balanced(graph: Graph, splits: int) -> list[int]:
     return found
 
 
-def with_measured(
-    graph: Graph, plan: Plan, seconds: Sequence[float | None]
-) -> Plan:
-    """Returns a plan with what its stages were seen to take, and advice.
-
-    What a stage took, over what was expected, scales the costs of its layers;
-    cuts that balance the scaled costs are the advice.
-
-    Args:
-        graph: The model.
-        plan: What was expected.
-        seconds: That each stage computed in a tick.
-    """
-    stages = tuple(
-        dataclasses.replace(stage, measured_s=one)
-        for stage, one in zip(plan.stages, seconds)
-    )
-    plan = dataclasses.replace(plan, stages=stages)
-    known = [one for one in seconds if one]
-    if len(known) < len(stages) or len(stages) < 2:
-        return plan
-    advice = _advice(graph, plan, known)
-    return dataclasses.replace(plan, notes=(*plan.notes, advice))
-
-
-def _advice(graph: Graph, plan: Plan, seconds: Sequence[float]) -> str:
-    costs = np.concatenate(
-        [
-            np.array(stage.costs) * one / (sum(stage.costs) or 1.0)
-            for stage, one in zip(plan.stages, seconds)
-        ]
-    )
-    slowest = int(np.argmax(seconds))
-    took = (
-        f"Measured: stage {slowest} is the slowest, it computes "
-        f"{1e3 * seconds[slowest]:.3g} ms a tick"
-    )
-    splits = len(seconds)
-    nodes = np.tile(costs, (splits, 1))
-    found = balance(legal_ends(graph, splits), nodes, np.zeros(nodes.shape))
-    assert found is not None  # nothing is too large
-    edges = [0, *(cut + 1 for cut in found), len(costs)]
-    best = max(costs[a:b].sum() for a, b in itertools.pairwise(edges))
-    now = [count - 1 for count in plan.cuts]
-    if best > (1 - _WORTH_MOVING) * seconds[slowest]:
-        return f"{took}; no cut is worth moving."
-    moves = ", ".join(
-        f"after {graph.nodes[new].name!r} instead of {graph.nodes[old].name!r}"
-        for old, new in zip(now, found)
-        if old != new
-    )
-    return f"{took}. Cut {moves}: then it should be {1e3 * best:.3g} ms."
-
-
 def _cuts_after(graph: Graph, names: Sequence[Any]) -> list[int]:
     forbidden = graph.forbidden_cuts()
     cuts: list[int] = []
@@ -260,6 +201,16 @@ def _cuts_of_plan(graph: Graph, plan: Plan) -> list[int]:
             f"layers and operations, received {len(actual)}."
         )
     cuts = [count - 1 for count in plan.cuts]
+    forbidden = graph.forbidden_cuts()
+    for k, cut in enumerate(cuts):
+        # Layers of the same names and sizes may be shared here, and not there.
+        if cut in forbidden:
+            raise ValueError(
+                "The plan was made for another model: this one cannot be cut "
+                f"after {graph.nodes[cut].name!r}, {forbidden[cut]}, and a "
+                "variable is trained by one stage. Make a plan of this model. "
+                f"Received: a plan that ends stage {k} there."
+            )
     devices = [stage.device for stage in plan.stages]
     here = make_plan(graph, cut_graph(graph, cuts), devices)
     for k, (there, one) in enumerate(zip(plan.stages, here.stages)):

@@ -8,11 +8,10 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from fdg_keras.delays import stage_delay
-from fdg_keras.resources import Cost
+from fdg_keras.plan_records import VERSION, check_plan
+from fdg_keras.resources import Cost, StageBytes
 
 _MIB = 2**20
-_VERSION = 1
 
 #: What goes without saying in a device's name.
 HERE = "/job:localhost/replica:0/task:0/device:"
@@ -34,13 +33,18 @@ class StagePlan:
         sends: Elements it sends over the cut, for one sample.
         costs: What each of its layers costs: seconds of forward and backward
             for a batch, or else its estimated operations.
-        forward_s: Seconds of a batch's forward.
-        backward_s: Seconds of a batch's backward with the update.
+        forward_s: Seconds of a batch's forward, sending included.
+        backward_s: Seconds of a batch's backward, with the update and with
+            sending, and with `stash="replay"` with the forward again.
+        again_s: Seconds that `stash="replay"` runs its forward again.
+        sends_s: Those of `forward_s` that handing over to the next stage takes.
+        returns_s: Likewise of `backward_s`, to the stage before.
         sends_bytes: What crosses the cut after it with a batch.
         stash_bytes: What it keeps of all batches between their forward and
             their backward.
         peak_bytes: All that it holds at most: weights and their copies, slots,
             stash, links, and what a backward needs while it runs.
+        bytes: What these are made of.
         measured_s: Seconds that it computed in a tick of the last epoch.
     """
 
@@ -52,9 +56,13 @@ class StagePlan:
     costs: tuple[float, ...] = ()
     forward_s: float | None = None
     backward_s: float | None = None
+    again_s: float | None = None
+    sends_s: float | None = None
+    returns_s: float | None = None
     sends_bytes: int | None = None
     stash_bytes: int | None = None
     peak_bytes: int | None = None
+    bytes: StageBytes | None = None
     measured_s: float | None = None
 
     @property
@@ -76,6 +84,7 @@ class Plan:
         stash: The stash mode that bytes are of.
         step_s: Expected seconds of a training step.
         whole_s: The same on the first device alone, by back-propagation.
+        measured_step_s: Measured seconds of a tick in the last epoch.
         notes: What a reader should know, a sentence or two each.
     """
 
@@ -85,6 +94,7 @@ class Plan:
     stash: str | None = None
     step_s: float | None = None
     whole_s: float | None = None
+    measured_step_s: float | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -111,33 +121,41 @@ class Plan:
     def as_costs(self) -> list[Cost]:
         """Returns the stages as `fdg_keras.simulation.simulate` takes them.
 
-        Gradients over a cut are taken to be as large as the activations, and
-        slots, which a plan has in `peak_bytes` only, are left out.
+        They are those of the plan's `stash`: give the simulation the same, and
+        `Delayed(plan.delay)`. Handing over is left out: it is what a `Cable` is
+        there for.
 
         Raises:
             ValueError: If the plan was not measured.
         """
         found = []
-        received = 0
-        for k, stage in enumerate(self.stages):
-            if stage.forward_s is None or stage.backward_s is None:
+        returned = 0
+        replays = self.stash == "replay"
+        for stage in self.stages:
+            size = stage.bytes
+            if size is None or stage.forward_s is None:
                 raise ValueError(
                     "Expected a plan that was measured, as `fdg_keras.plan` "
                     "makes it. Received: a plan without times"
                 )
-            sent = stage.sends_bytes or 0
-            late = stage_delay(k, len(self.stages), self.delay or 0)
+            again_s = stage.again_s or 0.0
+            backward_s = (stage.backward_s or 0.0) - (stage.returns_s or 0.0)
             found.append(
                 Cost(
-                    forward_s=stage.forward_s,
-                    backward_s=stage.backward_s,
-                    sends=sent,
-                    gradient_sends=received,
-                    stash=(stage.stash_bytes or 0) / (late + 1),
-                    weights=4 * stage.parameters,
+                    forward_s=stage.forward_s - (stage.sends_s or 0.0),
+                    backward_s=backward_s - again_s * replays,
+                    sends=stage.sends_bytes or 0,
+                    gradient_sends=returned,
+                    stash=size.again if replays else size.batch,
+                    inputs=size.batch if replays else 0,
+                    weights=size.weights,
+                    slots=size.slots + size.state,
+                    again_s=again_s,
+                    copies=size.copies,
+                    running=size.running + (0 if replays else size.again),
                 )
             )
-            received = sent
+            returned = size.returned
         return found
 
     def __str__(self) -> str:
@@ -176,30 +194,37 @@ class Plan:
             ("forward ms", True, [_ms(s.forward_s) for s in stages]),
             ("backward ms", True, [_ms(s.backward_s) for s in stages]),
             ("measured ms", True, [_ms(s.measured_s) for s in stages]),
-            ("busy %", True, [self._busy(s) for s in stages]),
+            (
+                "busy %",
+                True,
+                [_share(s.tick_s, self.step_s) for s in stages],
+            ),
+            (
+                "measured %",
+                True,
+                [_share(s.measured_s, self.measured_step_s) for s in stages],
+            ),
             ("sends MiB", True, [_mib(s.sends_bytes) for s in stages]),
             ("stash MiB", True, [_mib(s.stash_bytes) for s in stages]),
             ("peak MiB", True, [_mib(s.peak_bytes) for s in stages]),
         ]
 
-    def _busy(self, stage: StagePlan) -> str:
-        if stage.tick_s is None or not self.step_s:
-            return ""
-        return f"{100 * stage.tick_s / self.step_s:.0f}"
-
     def _expectation(self) -> list[str]:
-        if not self.step_s or not self.whole_s:
-            return []
-        return [
-            f"Expected: {1 / self.step_s:.3g} steps/s of {self.batch_size} "
-            f"samples, {self.whole_s / self.step_s:.2f} times the "
-            f"{1 / self.whole_s:.3g} steps/s of one device"
-        ]
+        lines = []
+        if self.step_s and self.whole_s:
+            lines.append(
+                f"Expected: {1 / self.step_s:.3g} steps/s of {self.batch_size} "
+                f"samples, {self.whole_s / self.step_s:.2f} times the "
+                f"{1 / self.whole_s:.3g} steps/s of one device"
+            )
+        if self.measured_step_s:
+            lines.append(f"Measured: {1 / self.measured_step_s:.3g} steps/s")
+        return lines
 
     def to_json(self) -> str:
         """Returns the plan as text, for `from_json`."""
         return json.dumps(
-            {"version": _VERSION, **dataclasses.asdict(self)}, indent=1
+            {"version": VERSION, **dataclasses.asdict(self)}, indent=1
         )
 
     @classmethod
@@ -213,15 +238,15 @@ class Plan:
         """
         try:
             record = json.loads(text)
-            if record.pop("version") != _VERSION:
-                raise ValueError("another version")
+            check_plan(record)
+            del record["version"]
             stages = tuple(map(_stage, record.pop("stages")))
             notes = tuple(record.pop("notes"))
             return cls(stages=stages, notes=notes, **record)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(
                 "Expected the text that `Plan.to_json` returns, of this "
-                f"version of fdg_keras. Received: {str(text)[:80]!r}"
+                f"version of fdg_keras; {error}. Received: {str(text)[:80]!r}"
             ) from error
 
     def plot(self) -> Image.Image:
@@ -238,7 +263,13 @@ class Plan:
 def _stage(record: dict[str, Any]) -> StagePlan:
     for name in ("layers", "costs"):
         record[name] = tuple(record[name])
+    if record["bytes"] is not None:
+        record["bytes"] = StageBytes(**record["bytes"])
     return StagePlan(**record)
+
+
+def _share(part: float | None, whole: float | None) -> str:
+    return f"{100 * part / whole:.0f}" if part is not None and whole else ""
 
 
 def _ms(seconds: float | None) -> str:

@@ -3,9 +3,12 @@
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import pathlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class Profile:
         keeps_bytes: What else the backward reads.
         views: For each output which distinct input it is in another shape, if
             it is one: both are the same memory.
+        unsized: How many tensors the backward reads whose bytes are unknown.
     """
 
     forward_s: float
@@ -33,6 +37,7 @@ class Profile:
     keeps_weights: tuple[bool, ...]
     keeps_bytes: int
     views: tuple[int | None, ...]
+    unsized: int = 0
 
 
 class ProfileCache:
@@ -42,8 +47,8 @@ class ProfileCache:
         folder: Where. Default: `FDG_KERAS_CACHE` in the environment, or else
             `fdg_keras` in the user's folder for caches.
 
-    One that cannot be read is measured again; one that cannot be written is
-    not kept. Neither is a reason to fail.
+    One that cannot be read, or is not what it should be, is measured again;
+    one that cannot be written is not kept. Neither is a reason to fail.
     """
 
     def __init__(self, folder: str | os.PathLike | None):
@@ -51,16 +56,27 @@ class ProfileCache:
         default = os.environ.get("FDG_KERAS_CACHE") or f"{home}/fdg_keras"
         self._folder = pathlib.Path(folder or default).expanduser()
 
-    def read(self, key: str) -> Profile | None:
-        """Returns what is kept under a name, if it is and can be read."""
+    def read(
+        self, key: str, inputs: int, outputs: int, weights: int
+    ) -> Profile | None:
+        """Returns what is kept under a name, if it is and can be read.
+
+        Args:
+            key: The name.
+            inputs: How many distinct ones the node has.
+            outputs: How many it has.
+            weights: How many trainable ones it has.
+        """
         try:
             record = json.loads((self._folder / f"{key}.json").read_text())
             for name, value in record.items():
                 if isinstance(value, list):
                     record[name] = tuple(value)
-            return Profile(**record)
-        except (OSError, ValueError, TypeError, KeyError):
+            found = Profile(**record)
+        # Text of thousands of brackets is a `RecursionError`.
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError):
             return None
+        return found if _is_right(found, inputs, outputs, weights) else None
 
     def write(self, key: str, found: Profile) -> None:
         """Keeps a profile under a name."""
@@ -73,3 +89,38 @@ class ProfileCache:
         except OSError:
             with contextlib.suppress(OSError):
                 beside.unlink()
+
+
+def _is_right(found: Profile, inputs: int, outputs: int, weights: int) -> bool:
+    """Whether all fields are of a node with so many inputs and so on."""
+    seconds = (found.forward_s, found.backward_s, found.processor_s)
+    indices = (None, *range(inputs))
+    return (
+        all(_is_number(one) for one in seconds)
+        and all(
+            isinstance(count, int) and _is_number(count)
+            for count in (found.keeps_bytes, found.unsized)
+        )
+        and _are(found.keeps_inputs, inputs, (False, True))
+        and _are(found.keeps_outputs, outputs, (False, True))
+        and _are(found.keeps_weights, weights, (False, True))
+        and _are(found.views, outputs, indices)
+    )
+
+
+def _is_number(value: Any) -> bool:
+    real = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return real and 0 <= value < math.inf
+
+
+def _are(values: Any, count: int, options: Sequence[Any]) -> bool:
+    """Whether there are so many values, each of them an option."""
+    return (
+        isinstance(values, tuple)
+        and len(values) == count
+        and all(
+            # 1 is no truth, and the truth no index.
+            any(type(v) is type(o) and v == o for o in options)
+            for v in values
+        )
+    )

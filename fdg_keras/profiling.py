@@ -2,23 +2,23 @@
 
 A layer is measured as a stage of its own: the forward and the backward that
 the engine would run, called over and over in a compiled loop. What is found
-is kept on disk, so that a plan of the same layers need not measure again.
+of Keras' own layers is kept on disk, so that a plan of the same layers need not
+measure again. Code that is not Keras' may be another one tomorrow: what it is
+in is measured by each plan.
 """
 
 import dataclasses
 import functools
-import hashlib
 import itertools
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import keras
 import tensorflow as tf
 
-from fdg_keras import _keras
+from fdg_keras.keys import key_of, where
 from fdg_keras.profiles import Profile, ProfileCache
 from fdg_keras.slicing import Graph, Node, Slice
 from fdg_keras.stages import Boundary, Stage
@@ -57,14 +57,14 @@ def profile(
     """
     needed = needs_gradient(graph)
     wanted = [any(needed[v] for v in node.inputs) for node in graph.nodes]
-    setting = (batch_size, jit_compile, *_where(device))
-    keys = [
-        _key(graph, node, asked, setting)
+    setting = (batch_size, jit_compile, *where(device))
+    named = [
+        key_of(graph, node, asked, setting)
         for node, asked in zip(graph.nodes, wanted)
     ]
+    keys = [key for key, _ in named]
     cache = ProfileCache(cache_dir)
-    cached = {key: cache.read(key) for key in dict.fromkeys(keys)}
-    found = {key: one for key, one in cached.items() if one is not None}
+    found = _cached(cache, dict(zip(named, graph.nodes)))
     pieces: dict[str, _Piece] = {}
     for key, node, asked in zip(keys, graph.nodes, wanted):
         if key not in found and key not in pieces:
@@ -78,15 +78,36 @@ def profile(
     if not measure:
         found.update((key, piece.untimed) for key, piece in pieces.items())
         return [found[key] for key in keys]
+    lasting = dict(named)
     for key, profiles in times.items():
         found[key] = _median(profiles)
-        cache.write(key, found[key])
+        if lasting[key]:
+            cache.write(key, found[key])
     return [found[key] for key in keys]
 
 
 def description(device: str) -> str:
     """Returns what is the same for devices that compute equally fast."""
-    return repr(_where(device))
+    return repr(where(device))
+
+
+def _cached(
+    cache: ProfileCache, nodes: Mapping[tuple[str, bool], Node]
+) -> dict[str, Profile]:
+    """Returns what is known of nodes, by their key and whether it lasts."""
+    found = {}
+    for (key, lasts), node in nodes.items():
+        if not lasts:
+            continue
+        known = cache.read(
+            key,
+            inputs=len(set(node.inputs)),
+            outputs=len(node.outputs),
+            weights=len(node.trainable_variables),
+        )
+        if known is not None:
+            found[key] = known
+    return found
 
 
 class _Piece:
@@ -130,6 +151,7 @@ class _Piece:
             ),
             keeps_bytes=kept.other_bytes,
             views=kept.views[: len(node.outputs)],
+            unsized=kept.unsized,
         )
 
     @functools.cached_property
@@ -253,56 +275,3 @@ def needs_gradient(graph: Graph) -> list[bool]:
         for value in node.outputs:
             needed[value] = found
     return needed
-
-
-def _where(device: str) -> tuple:
-    """Returns what else a duration depends on."""
-    spec = tf.DeviceSpec.from_string(device)
-    kind = spec.device_type
-    if kind == "GPU":
-        gpus = tf.config.list_physical_devices("GPU")
-        index = min(spec.device_index or 0, len(gpus) - 1)
-        kind = repr(tf.config.experimental.get_device_details(gpus[index]))
-    return (
-        kind,
-        (spec.job, spec.task) if spec.job != "localhost" else None,
-        os.cpu_count(),
-        tf.config.threading.get_intra_op_parallelism_threads(),
-        tf.__version__,
-        keras.__version__,
-    )
-
-
-def _key(graph: Graph, node: Node, wanted: bool, setting: tuple) -> str:
-    """Returns a name that nodes share if they compute the same."""
-    numbers = {v: i for i, v in enumerate(dict.fromkeys(node.inputs))}
-    operation = node.operation
-    text = repr(
-        (
-            type(operation).__module__,
-            type(operation).__qualname__,
-            _configuration(node),
-            [
-                (numbers[v], graph.symbols[v].shape, graph.symbols[v].dtype)
-                for v in node.inputs
-            ],
-            [(v.shape, v.dtype, v.trainable) for v in node.variables],
-            wanted,
-            setting,
-        )
-    )
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def _configuration(node: Node) -> Any:
-    """Returns the settings of an operation and of its call, without names."""
-    arguments = _keras.tree.map_structure(
-        lambda x: None if isinstance(x, keras.KerasTensor) else repr(x),
-        (node.call.arguments.args, node.call.arguments.kwargs),
-    )
-    try:
-        config = dict(node.operation.get_config())
-    except Exception:
-        config = {"name": None, "of": node.name}
-    config.pop("name", None)
-    return config, arguments

@@ -27,7 +27,13 @@ class Cost:
         stash: Bytes kept from a forward to its backward, weights aside.
         inputs: Those of them that `stash="replay"` keeps.
         weights: Bytes of all weights.
-        slots: Bytes of the optimizer's slots.
+        slots: Bytes of the optimizer's slots, and of whatever else is there
+            once.
+        again_s: Seconds by which `stash="replay"` makes a backward longer.
+            Default: those of the forward.
+        copies: Bytes of the weights that a backward reads, of which a stage
+            may keep several versions. Default: all weights.
+        running: Bytes that passes need while they run.
 
     Raises:
         ValueError: If one is negative or not finite.
@@ -41,11 +47,61 @@ class Cost:
     inputs: float = 0.0
     weights: float = 0.0
     slots: float = 0.0
+    again_s: float | None = None
+    copies: float | None = None
+    running: float = 0.0
 
     def __post_init__(self) -> None:
         for one in fields(self):
             value = getattr(self, one.name)
+            if value is None and one.default is None:
+                continue
             check_number(one.name, value, "seconds or bytes, 0 or more")
+
+
+@dataclass(frozen=True)
+class StageBytes:
+    """What the memory of a stage is made of, in bytes.
+
+    Attributes:
+        batch: Kept of each batch from its forward to its backward, weights
+            aside.
+        again: What a backward makes again of its batch, and has while it runs.
+        copies: Weights as they were at a forward, for each update since.
+        weights: Trainable weights.
+        slots: Of the optimizer.
+        state: All other variables.
+        links: What fits in the two links that it reads.
+        returned: A batch's gradients over the cut after it.
+        running: Inputs, outputs and their gradients of the largest layer.
+    """
+
+    batch: int
+    again: int
+    copies: int
+    weights: int
+    slots: int
+    state: int
+    links: int
+    returned: int
+    running: int
+
+    def stash(self, late: int) -> int:
+        """Returns what is kept between F and B of a tick.
+
+        Args:
+            late: The stage's delay d_k, in batches.
+        """
+        return (late + 1) * self.batch + late * self.copies
+
+    def peak(self, late: int) -> int:
+        """Returns all that a stage holds at most, in a backward.
+
+        Args:
+            late: Likewise.
+        """
+        there = 2 * self.weights + self.slots + self.state + self.links
+        return there + self.stash(late) + self.again + self.running
 
 
 @dataclass(frozen=True)
@@ -83,16 +139,15 @@ def peak_bytes(
     """Returns the bytes that each stage needs at most.
 
     Slots, the weights, a gradient for each of them; in each of the two links
-    that it reads as many units as fit; and, for n units in flight, one of them
-    a 1/M of the batch,
+    that it reads as many units as fit; what passes need while they run; and,
+    for n units in flight, one of them a 1/M of the batch,
 
-        "exact"     n / M * stash + (versions - 1) * weights
+        "exact"     n / M * stash + (versions - 1) * copies
         "selective" the same, of a smaller `stash`
         "current"   n / M * stash
         "replay"    n / M * inputs + 1 / M * stash
 
     where with delayed gradients n and the versions of the weights are d_k + 1.
-    What passes need while they run comes on top.
 
     Args:
         costs: One for each stage.
@@ -110,14 +165,15 @@ def peak_bytes(
         kept = schedule.in_flight(k, count) * unit
         received = costs[k - 1].sends if k else 0.0
         received += costs[k + 1].gradient_sends if k < count - 1 else 0.0
-        total = cost.slots + 2 * cost.weights
+        copies = cost.weights if cost.copies is None else cost.copies
+        total = cost.slots + 2 * cost.weights + cost.running
         total += capacity * unit * received
         if stash == "replay":
             total += kept * cost.inputs + unit * cost.stash
         else:
             total += kept * cost.stash
         if stash in ("exact", "selective"):
-            total += (schedule.versions(k, count) - 1) * cost.weights
+            total += (schedule.versions(k, count) - 1) * copies
         found.append(total)
     return found
 

@@ -159,7 +159,8 @@ def _unit(
     part = 1 / schedule.micro_batches
     backward_s = cost.backward_s
     if stash == "replay":
-        backward_s += cost.forward_s
+        again_s = cost.again_s
+        backward_s += cost.forward_s if again_s is None else again_s
     return Cost(
         forward_s=part * cost.forward_s + overhead_s,
         backward_s=part * backward_s + overhead_s,

@@ -4,10 +4,16 @@ Tensors and operations are told apart by name: an operation hands out its
 tensors as new Python objects each time. Knows nothing of Keras or of training.
 """
 
+import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
+
+# Operations that make a list, of (shape of an element, most elements).
+_LISTS = ("EmptyTensorList", "TensorListReserve")
+_LOOPS = ("While", "StatelessWhile")
 
 # Types that do not say how much memory they hold.
 _UNSIZED = (tf.variant, tf.string, tf.resource)
@@ -112,7 +118,8 @@ def tensor_bytes(
 
     Shapes are inferred anew, for feeds of a known size. Dimensions that are
     still unknown, as those that a `while` says its results have, are taken for
-    the batch's.
+    the batch's. A list of tensors, as a `while` keeps for its gradient, takes
+    what its elements take, if their shape and the number of turns are known.
 
     Args:
         graph: A `FuncGraph`.
@@ -122,7 +129,8 @@ def tensor_bytes(
 
     Returns:
         Bytes by the tensor's name; `None` where the rank is unknown, or for
-        types that do not say what they hold (`variant`, strings, resources).
+        types that do not say what they hold (other `variant`, strings,
+        resources).
     """
     outputs = [t for op in operations for t in op.outputs]
     _, behind = ancestors(outputs, {t.name for t in feeds}, ())
@@ -144,10 +152,41 @@ def tensor_bytes(
 
 
 def _bytes(tensor: tf.Tensor, batch_size: int) -> int | None:
+    if tensor.dtype == tf.variant:
+        return _list_bytes(tensor, batch_size)
     if tensor.dtype in _UNSIZED or tensor.shape.rank is None:
         return None
     shape = _filled(tensor.shape, batch_size)
     return shape.num_elements() * tensor.dtype.size
+
+
+def _list_bytes(tensor: tf.Tensor, batch_size: int) -> int | None:
+    """Returns the bytes of a list's elements, `None` if that is unknown."""
+    op = tensor.op
+    if op.type in _LOOPS:
+        # What comes out of a loop is what went in, as long as it may become.
+        tensor = op.inputs[tensor.value_index]
+        op = tensor.op
+    if op.type == "TensorListFromTensor":
+        return _bytes(op.inputs[0], batch_size)
+    if op.type not in _LISTS:
+        return None
+    shape, most = map(_static, op.inputs)
+    dtype = op.get_attr("element_dtype")
+    # A shape of unknown rank is the number -1.
+    known = shape is not None and np.ndim(shape) == 1 and most is not None
+    if not known or most < 0 or dtype in _UNSIZED:
+        return None
+    element = math.prod(batch_size if d < 0 else int(d) for d in shape)
+    return int(most) * element * dtype.size
+
+
+def _static(tensor: tf.Tensor) -> Any:
+    """Returns the value of a constant, also of the largest number in one."""
+    if tensor.op.type == "Max":  # so Keras asks for the number of turns
+        found = tf.get_static_value(tensor.op.inputs[0])
+        return None if found is None else np.max(found)
+    return tf.get_static_value(tensor)
 
 
 def _filled(shape: tf.TensorShape, batch_size: int) -> tf.TensorShape:

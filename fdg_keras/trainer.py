@@ -5,7 +5,7 @@ from typing import Any
 
 import keras
 
-from fdg_keras import _keras, passes, planning, transforms
+from fdg_keras import _keras, advice, passes, planning, transforms
 from fdg_keras.corrections import Correction, check_corrections
 from fdg_keras.crossing import Stash
 from fdg_keras.data import Batches, build_for, validation_batches
@@ -122,6 +122,7 @@ class Trainer:
         self._settings = Settings(
             int(delay), order, stash, transform, corrected
         )
+        self._batch_size: int | None = None  # of the last `fit`
         self._warned: set[type] = set()
         self._warn_once()
         self._emulate = emulate
@@ -199,6 +200,7 @@ class Trainer:
             validation_steps,
             validation_batch_size or batch_size,
         )
+        self._batch_size = batches.batch_size
         batches.reset()
         with self._deployment:
             # Slots exist and are in place before callbacks look at them.
@@ -237,16 +239,27 @@ class Trainer:
         """Which layers are on which device, and what they cost.
 
         After `fit`, each stage has its `measured_s`: how long it computed in
-        a tick of the last epoch. Then a note says whether a cut is worth
-        moving, and where to.
+        a tick of the last epoch, and the plan its `measured_step_s`. Then a
+        note says whether a cut is worth moving, and where to, if there were
+        ticks enough. Another one says so if the plan was made for another
+        batch, delay or stash.
         """
-        seconds = [
-            one.usage.computed / max(one.usage.ticks, 1)
-            for one in self.statistics
-        ]
-        if not seconds:
-            return self._plan
-        return planning.with_measured(self._graph, self._plan, seconds)
+        plan = advice.with_settings(
+            self._plan,
+            self._batch_size,
+            self._settings.delay,
+            self._settings.stash,
+        )
+        usages = [one.usage for one in self.statistics]
+        ticks = min((usage.ticks for usage in usages), default=0)
+        if not ticks:
+            return plan
+        measured = advice.Measured(
+            [usage.computed / usage.ticks for usage in usages],
+            max(usage.total / usage.ticks for usage in usages),
+            ticks,
+        )
+        return advice.with_measured(self._graph, plan, measured)
 
     @property
     def _is_in_motion(self) -> bool:

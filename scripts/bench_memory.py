@@ -15,6 +15,10 @@ Prints, for each network and stash mode, each in a process of its own:
     at most    MiB predicted for the moment between F and B of a tick
     grown      MiB by which the process' resident memory has grown since the
                stages were compiled: `held` and all that a tick works with
+    peak       MiB of all stages at most, as the plan says, without weights,
+               slots and state, which were there before: what `grown` should
+               come to if each stage were at its peak at once. What the
+               allocator sets aside and never gives back is not planned
     step       milliseconds per step with all stages busy (median of the rounds)
 
 `--json` has all that for each stage, too. Devices and threads as in
@@ -112,7 +116,10 @@ class Stages(bench_speed.Linked):
                 pipeline.loops = loops
 
     def planned(self, batch):
-        """Bytes between two ticks for each stage, by a plan."""
+        """Yields a plan's bytes of each stage: between two ticks, and at most.
+
+        At most means without what is there before training.
+        """
         splits = len(self.stages)
         found = plan(
             self._model,
@@ -125,7 +132,8 @@ class Stages(bench_speed.Linked):
         for stage, sized in zip(self.stages, found.stages):
             # A plan counts the batch that is between F and B, too.
             last = stage.stash_bytes(self._stash, batch).batch
-            yield sized.stash_bytes - last
+            there = sized.bytes.weights + sized.bytes.slots + sized.bytes.state
+            yield sized.stash_bytes - last, sized.peak_bytes - there
 
     def grown(self):
         """Bytes of resident memory when the first stage began to drain."""
@@ -181,7 +189,7 @@ def measure(network, batch, splits, delay, stash, steps, rounds):
             look.late,
             delays.in_flight(k, splits, delay, "forward_first"),
             look.held,
-            planned,
+            *planned,
         )
         for k, (stage, look, planned) in enumerate(
             zip(stages.stages, stages.looks, stages.planned(batch))
@@ -200,6 +208,7 @@ def measure(network, batch, splits, delay, stash, steps, rounds):
                 "predicted_bytes",
                 "held_bytes",
                 "at_most_bytes",
+                "planned_peak_bytes",
             )
         },
         "grown_bytes": grown,
@@ -209,9 +218,10 @@ def measure(network, batch, splits, delay, stash, steps, rounds):
     }
 
 
-def _stage(size, late, in_flight, held, planned):
+def _stage(size, late, in_flight, held, planned, planned_peak):
     return {
         "planned_bytes": planned,
+        "planned_peak_bytes": planned_peak,
         "predicted_bytes": size.total(late, late),
         "held_bytes": held,
         "at_most_bytes": size.total(in_flight, late),
@@ -241,7 +251,8 @@ def _row(case):
         f"{mib['planned_bytes']:>10.1f}{mib['predicted_bytes']:>10.1f}"
         f"{mib['held_bytes']:>10.1f}{planned:>8.3f}{predicted:>7.3f}"
         f"{mib['at_most_bytes']:>10.1f}"
-        f"{mib['grown_bytes']:>10.1f}{case['step_ms']:>10.1f}"
+        f"{mib['grown_bytes']:>10.1f}{mib['planned_peak_bytes']:>10.1f}"
+        f"{case['step_ms']:>10.1f}"
     )
 
 
@@ -263,7 +274,8 @@ def main():
     print(f"batch {args.batch}, K={args.splits}, delay={args.delay}")
     print(
         f"{'network':<12}{'stash':<10}{'planned':>10}{'predicted':>10}"
-        f"{'held':>10}{'ratios':>15}{'at most':>10}{'grown':>10}{'step':>10}"
+        f"{'held':>10}{'ratios':>15}{'at most':>10}{'grown':>10}"
+        f"{'peak':>10}{'step':>10}"
     )
     sizes = (args.batch, args.splits, args.delay)
     # A process for each case: memory that was freed may stay with it.

@@ -2,6 +2,7 @@
 
     .venv/bin/python scripts/bench_plan.py --json plan.json     (1 hour)
     .venv/bin/python scripts/bench_plan.py --models resnet20    (5 minutes)
+    .venv/bin/python scripts/bench_plan.py --deep               (5 minutes)
 
 Measures each network with `fdg_keras.plan`, cuts it into K = 2, 3, 4 and 8
 stages, and prints
@@ -18,6 +19,11 @@ stages, and prints
 and for K = 2 the milliseconds of a step end to end, with the plan's cut, with
 the cut by estimated operations that `splits=2` stands for, and with the cut
 that halves the parameters, taking turns (medians of rounds).
+
+`--deep` only plans, and prints how many seconds that takes, with nothing known
+before, of ResNet-110 and ResNet-1202 in 8 stages: measured, and again held to a
+memory limit that cannot be met, so that it is refused with what would fit. It
+should be below one minute and below five.
 
 Logical CPUs stand in for devices, with one thread for each operation
 (`intra_op_parallelism_threads=1`). While layers are measured, and while a stage
@@ -63,6 +69,9 @@ CASES = {
     "transformer": 16,
 }
 SPLITS = (2, 3, 4, 8)
+
+# Name, and the seconds that planning should take at most.
+DEEP = {"resnet110": 60, "resnet1202": 300}
 
 
 def unet():
@@ -283,6 +292,50 @@ def measure(name, splits, rounds):
         gc.collect()
 
 
+def plan_deep(name, splits=8, batch=32):
+    """Plans a deep network; returns an entry of the JSON file."""
+    model = build(name, batch)[0]
+    devices = [f"CPU:{k}" for k in range(splits)]
+    with tempfile.TemporaryDirectory() as fresh:
+        settings = (model, splits, batch, devices)
+        start = time.perf_counter()
+        fdg_keras.plan(*settings, cache_dir=fresh)
+        planned = time.perf_counter()
+        # Nothing is left to measure.
+        with contextlib.suppress(ValueError):
+            fdg_keras.plan(*settings, cache_dir=fresh, memory_limit=2**20)
+        refused = time.perf_counter()
+    return {
+        "model": name,
+        "batch": batch,
+        "K": splits,
+        "plan_s": planned - start,
+        "refused_s": refused - planned,
+        "at_most_s": DEEP[name],
+    }
+
+
+def _row_of_deep(entry):
+    return (
+        f"{entry['model']:<16}{entry['batch']:>6}{entry['K']:>3}"
+        f"{entry['plan_s']:>8.1f}{entry['refused_s']:>9.1f}"
+        f"{entry['at_most_s']:>9}"
+    )
+
+
+def _run_deep(result, path):
+    print(
+        f"{'network':<16}{'batch':>6}{'K':>3}{'plan s':>8}{'refused':>9}"
+        f"{'at most':>9}"
+    )
+    for name in DEEP:
+        entry = plan_deep(name)
+        result["cases"].append(entry)
+        print(_row_of_deep(entry), flush=True)
+        if path:
+            path.write_text(json.dumps(result, indent=1))
+
+
 def _row(entry):
     text = (
         f"{entry['model']:<16}{entry['batch']:>6}{entry['K']:>3}"
@@ -307,16 +360,20 @@ def main():
     parser.add_argument("--models", nargs="+", choices=CASES, default=[*CASES])
     parser.add_argument("--splits", nargs="+", type=int, default=SPLITS)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--deep", action="store_true", help="only plan")
     args = parser.parse_args()
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.set_visible_devices([], "GPU")
     tf.config.set_logical_device_configuration(
         tf.config.list_physical_devices("CPU")[0],
-        [tf.config.LogicalDeviceConfiguration()] * max(args.splits),
+        [tf.config.LogicalDeviceConfiguration()] * max(*args.splits, 8),
     )
-    sys.setrecursionlimit(10000)
+    sys.setrecursionlimit(20000)
     result = {"machine": bench_speed._machine(), "cases": []}
     print(", ".join(f"{k} {v}" for k, v in result["machine"].items()))
+    if args.deep:
+        _run_deep(result, args.json)
+        return
     print(
         f"{'network':<16}{'batch':>6}{'K':>3}{'plan s':>8}{'best':>7}"
         f"{'predicted':>11}{'measured':>10}{'ratio':>7}"

@@ -30,6 +30,7 @@ Expected: about ten seconds.
 """
 
 import math
+import os
 import pathlib
 import sys
 
@@ -69,16 +70,24 @@ flags.DEFINE_float(
     "Standard deviation of the time of a pass, as a part of it.",
     lower_bound=0.0,
 )
-flags.DEFINE_integer("seed", 0, "Seed of the jitter.")
+flags.DEFINE_integer("seed", 0, "Seed of the jitter.", lower_bound=0)
 flags.DEFINE_enum("stash", "exact", STASHES, "What is kept for a backward.")
 flags.DEFINE_string("plot", "runs/simulation.svg", "Where to draw the curves.")
 flags.register_validator(
     "splits",
-    lambda value: value and all(each.isdecimal() for each in value),
-    "must be whole numbers, with commas",
+    lambda value: (
+        value and all(each.isdecimal() and int(each) > 0 for each in value)
+    ),
+    "must be whole numbers, 1 or more, with commas",
 )
 for name in ("operations_per_s", "gbit_per_s"):
-    flags.register_validator(name, lambda value: value > 0, "must be above 0")
+    flags.register_validator(
+        name,
+        lambda value: 0 < value < math.inf,
+        "must be above 0, and finite",
+    )
+for name in ("latency_us", "overhead_us", "jitter"):
+    flags.register_validator(name, math.isfinite, "must be finite")
 
 # In the picture, where the limit would mostly lie below other curves.
 _NAMES = {
@@ -156,10 +165,30 @@ def simulate_all(costs: list[Cost]) -> tuple[dict[str, float], float]:
     return seconds, needed
 
 
+def writable(path: pathlib.Path) -> pathlib.Path:
+    """Returns the path of a picture, if there can be one."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise app.UsageError(f"--plot={FLAGS.plot}: {error}") from error
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise app.UsageError(
+            "Expected --plot to be a file that can be written. Received: "
+            f"--plot={FLAGS.plot}"
+        )
+    return path
+
+
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"Expected flags only. Received: {argv[1:]}")
+    plot = writable(pathlib.Path(FLAGS.plot))
     graph = slicing.trace_graph(models.build(FLAGS.model))
+    numbers = sorted({int(each) for each in FLAGS.splits})
+    try:
+        planning.legal_ends(graph, numbers[-1])
+    except ValueError as error:
+        raise app.UsageError(f"--splits: {error}") from error
     (whole,) = make_costs(graph, 1)
     alone = whole.forward_s + whole.backward_s + 2e-6 * FLAGS.overhead_us
     print(
@@ -170,7 +199,7 @@ def main(argv: list[str]) -> None:
     )
     print(f"One device: {1e3 * alone:.1f} ms per step. So many times as fast:")
     curves: dict[str, list[tuple[float, float]]] = {}
-    for splits in sorted({int(each) for each in FLAGS.splits}):
+    for splits in numbers:
         seconds, needed = simulate_all(make_costs(graph, splits))
         if not curves:
             head = "".join(f"{name:>9}" for name in seconds)
@@ -181,8 +210,6 @@ def main(argv: list[str]) -> None:
         print(f"{splits:>3}{row}{needed / 2**20:>9,.0f}", flush=True)
     drawn = {name: curves[key] for key, name in _NAMES.items()}
     drawn["K times as fast"] = [(k, float(k)) for k, _ in curves["limit"]]
-    plot = pathlib.Path(FLAGS.plot)
-    plot.parent.mkdir(parents=True, exist_ok=True)
     picture = figures.draw(drawn, "stages, each on a device", "speed-up")
     write(plot, picture.encode())
     print(plot)

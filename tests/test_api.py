@@ -106,6 +106,7 @@ def test_plan():
         "stash",
         "step_s",
         "whole_s",
+        "measured_step_s",
         "notes",
     ]
     assert list(defaults(fdg_keras.StagePlan)) == [
@@ -117,15 +118,19 @@ def test_plan():
         "costs",
         "forward_s",
         "backward_s",
+        "again_s",
+        "sends_s",
+        "returns_s",
         "sends_bytes",
         "stash_bytes",
         "peak_bytes",
+        "bytes",
         "measured_s",
     ]
     assert defaults(fdg_keras.plan) == {
         "model": inspect.Parameter.empty,
-        "splits": 2,
-        "batch_size": 32,
+        "splits": 4,
+        "batch_size": 128,
         "devices": None,
         "delay": 2,
         "stash": "exact",

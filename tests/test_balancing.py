@@ -25,7 +25,7 @@ def tables(draw):
     """`table[k][i][j]`: anything, infinite now and then, not only sums."""
     count = draw(st.integers(1, 7))
     splits = draw(st.integers(1, count))
-    numbers = st.one_of(st.integers(0, 20), st.just(math.inf))
+    numbers = st.one_of(st.integers(-20, 20), st.just(math.inf))
     size = splits * (count + 1) ** 2
     values = draw(st.lists(numbers, min_size=size, max_size=size))
     return np.array(values, float).reshape(splits, count + 1, count + 1)

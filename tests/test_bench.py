@@ -81,5 +81,15 @@ def test_bytes_are_as_predicted(memory, stash):
             stage["held_bytes"], rel=0.1, abs=100
         )
         assert stage["at_most_bytes"] > stage["predicted_bytes"] > 0
+        assert stage["planned_peak_bytes"] > stage["planned_bytes"]
     assert case["stages"][-1]["held_bytes"] == 0
     assert case["step_ms"] > 0
+
+
+def test_planning_deep_networks(monkeypatch):
+    script = importlib.import_module("bench_plan")
+    monkeypatch.setattr(script, "DEEP", {"resnet20": 60})
+    entry = script.plan_deep("resnet20", splits=3, batch=2)
+    assert 0 < entry["plan_s"] < 60
+    assert 0 < entry["refused_s"] < 60
+    assert "resnet20" in script._row_of_deep(entry)

@@ -1,5 +1,7 @@
 """What is kept of a forward, how many bytes that is, and what it saves."""
 
+import itertools
+
 import keras
 import numpy as np
 import pytest
@@ -15,7 +17,8 @@ from trainers import models
 def held(tensors):
     """Bytes of the memory behind tensors, whoever shares it."""
     found = {}
-    for tensor in tensors:
+    # All at once: what is freed leaves its place to others.
+    for tensor in list(itertools.chain.from_iterable(map(elements, tensors))):
         if tensor.dtype == tf.bfloat16:  # NumPy cannot look into it.
             tensor = tf.bitcast(tensor, tf.uint16)
         array = np.asarray(memoryview(tensor))
@@ -23,11 +26,27 @@ def held(tensors):
     return sum(found.values())
 
 
+def elements(tensor):
+    """A tensor, or those of the list that it is."""
+    if tensor.dtype != tf.variant:
+        return [tensor]
+    for dtype in (tf.float32, tf.int32):
+        try:
+            return [
+                tf.raw_ops.TensorListStack(
+                    input_handle=tensor, element_shape=-1, element_dtype=dtype
+                )
+            ]
+        except tf.errors.InvalidArgumentError:
+            continue
+    raise AssertionError(tensor)
+
+
 # -- Bytes --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stash", STASHES)
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "lstm"])
+@pytest.mark.parametrize("name", MODELS)
 def test_bytes_are_those_of_a_stash(name, stash):
     stage = Stage.of(name)
     traced = stage.linearize()
@@ -45,12 +64,20 @@ def test_bytes_are_those_of_a_stash(name, stash):
 
 
 def test_bytes_of_a_loop_are_said_to_be_missing():
-    traced = Stage.of("lstm").linearize()
+    """If nobody knows how long it will be."""
+
+    def pure(weights, state, inputs):
+        halved = tf.while_loop(
+            lambda x: tf.reduce_sum(x) > 1.0,
+            lambda x: [tf.sin(x * weights[0]) / 2],
+            inputs,
+        )
+        return Pure(halved, [], [])
+
+    traced = linearize(pure, [tf.TensorSpec((3,))], [])
     traced.cut([True], [True], "exact")
     found = [traced.stash_bytes(stash, 4) for stash in STASHES]
     assert [f.unsized > 0 for f in found] == [True, True, True, False]
-    # The second layer's input, and the sequence and the state it ends with.
-    assert found[0].batch > 4 * 5 * 4 * 4
 
 
 def test_total():

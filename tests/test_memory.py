@@ -1,6 +1,8 @@
 """Bytes that stages hold: against stages that were really traced."""
 
 import itertools
+import math
+import time
 
 import keras
 import numpy as np
@@ -8,9 +10,11 @@ import pytest
 import zoo
 from keras import layers
 
-from fdg_keras.memory import Ledger, Room
+from fdg_keras import planning
+from fdg_keras.memory import Ledger
 from fdg_keras.planning import choose_cuts, legal_ends
 from fdg_keras.profiling import profile
+from fdg_keras.room import Room
 from fdg_keras.slicing import cut_graph, trace_graph
 from fdg_keras.stashes import traced_stashes
 from trainers import models
@@ -75,6 +79,56 @@ def test_peak_by_hand():
     assert ledger.peak(1, late)[1] == expected
 
 
+def test_peak_of_replay_by_hand():
+    """Its backward has the activations of one batch, the last stage's, too."""
+    inputs = h = keras.Input((4,))
+    for _ in range(3):
+        h = layers.Dense(4, "relu")(h)
+    ledger = ledger_of(trace_graph(keras.Model(inputs, h)), "replay")
+    weights, value = 4 * (16 + 4), 4 * BATCH * 4
+    for late in (0, 4):
+        there = (
+            3 * weights * 3  # of three layers; slots, gradients
+            + (late + 1) * value  # inputs
+            + 3 * value  # outputs, which relu's backward and the next read
+            + 4 * value  # while a layer runs
+        )
+        assert ledger.peak(0, late)[2] == there
+
+
+@pytest.mark.parametrize("name", ["conv", "unet", "attention", "lstm"])
+def test_one_stage_saves_nothing_by_replay(name):
+    """The backward follows the forward at once."""
+    graph = trace_graph(zoo.ZOO[name]().model)
+    exact, replay = ledger_of(graph), ledger_of(graph, "replay")
+    assert replay.peak(0, 0)[-1] >= exact.peak(0, 0)[-1]
+
+
+@pytest.mark.parametrize("stash", ["exact", "current", "replay"])
+@pytest.mark.parametrize("name", ["unet", "attention", "shared", "two_inputs"])
+def test_columns_are_peaks(name, stash):
+    """By the last node, the same as by the first."""
+    graph = trace_graph(zoo.ZOO[name]().model)
+    ledger = ledger_of(graph, stash)
+    count = len(graph.nodes)
+    starts, stops = np.arange(count), range(1, count, 2)
+    for stop, (there, each) in zip(stops, ledger.columns(starts, stops)):
+        for late in (0, 3):
+            np.testing.assert_allclose(
+                (there + late * each)[: stop + 1],
+                [ledger.peak(a, late)[stop] for a in range(stop + 1)],
+            )
+
+
+def test_sized_is_the_peak():
+    graph = trace_graph(zoo.ZOO["unet"]().model)
+    for stash in ("exact", "replay"):
+        ledger = ledger_of(graph, stash)
+        size = ledger.sized(2, 6)
+        assert size.peak(4) == ledger.peak(2, 4)[5]
+        assert size.stash(4) == (5 * size.batch + 4 * size.copies)
+
+
 def test_no_limit_is_no_limit():
     graph = chain()
     room = Room(ledger_of(graph), legal_ends(graph, 2), 2, None)
@@ -105,7 +159,7 @@ def test_a_refusal_says_what_would_fit():
     text = Room(ledger, ends, 2, 0.9 * least).refusal()
     assert "stage" in text
     assert "more than its limit" in text
-    assert f"{0.1 * least / 2**20:,.1f} MiB more" in text
+    assert f"{math.ceil(0.1 * least):,} bytes more" in text
     assert "batch_size=4" in text
     half = ledger.otherwise("exact", 2)
     assert half.batch_size == BATCH // 2
@@ -115,7 +169,99 @@ def test_a_refusal_says_what_would_fit():
     )
 
 
-@pytest.mark.parametrize("limit", [0, -5, "x", [1, 2, 3], [1, None]])
+def fits(ledger, ends, splits, limit):
+    """Whether there are cuts within a limit."""
+    alike = np.ones([splits, ends[-1] + 1])
+    excess = Room(ledger, ends, splits, limit).excess
+    return planning.balance(ends, alike, 0 * alike, excess) is not None
+
+
+def test_what_is_proposed_fits():
+    """With any mode and limit."""
+    wide = [layers.Dense(64) for _ in range(8)]
+    proposed = set()
+    for model in (
+        keras.Sequential([keras.Input((64,)), *wide]),
+        zoo.ZOO["conv"]().model,
+        zoo.ZOO["unet"]().model,
+    ):
+        graph = trace_graph(model)
+        ends = legal_ends(graph, 2)
+        for stash in ("exact", "current", "replay"):
+            ledger = ledger_of(graph, stash)
+            at_least = Room(ledger, ends, 2, 1)._smallest(ledger, [0, 0])[0]
+            assert fits(ledger, ends, 2, at_least + 1)
+            for limit in (0.97 * at_least, 0.6 * at_least):
+                text = Room(ledger, ends, 2, limit).refusal()
+                _, _, ways = text.partition("What would fit: ")
+                for way in ways.partition(". Received")[0].split("; "):
+                    key, _, value = way.partition("=")
+                    proposed.add(way if key == "stash" else key)
+                    if key == "stash":
+                        other = ledger.otherwise(value.strip('"'))
+                        assert fits(other, ends, 2, limit)
+                    elif key == "batch_size":
+                        other = ledger.otherwise(stash, BATCH // int(value))
+                        assert fits(other, ends, 2, limit)
+                    elif key == "splits":
+                        assert fits(ledger, ends, int(value), limit)
+    assert proposed >= {
+        'stash="current"',
+        'stash="replay"',
+        "batch_size",
+        "splits",
+    }
+
+
+def test_stages_of_one_device_share_its_limit():
+    graph = chain()
+    ledger, ends = ledger_of(graph), legal_ends(graph, 3)
+    shared = Room(ledger, ends, 3, 6000, ["b", "a", "a"])
+    apart = Room(ledger, ends, 3, [6000, 3000, 3000])
+    for k in range(3):
+        np.testing.assert_array_equal(shared.excess(k, 3), apart.excess(k, 3))
+    text = Room(ledger, ends, 3, 60, ["b", "a", "a"]).refusal()
+    assert "its device has 2 stages" in text
+    assert "splits=" not in text
+
+
+def test_one_limit_among_others():
+    """That of the other stage is none."""
+    graph = chain()
+    ledger, ends = ledger_of(graph), legal_ends(graph, 2)
+    for limit in ([1000, np.inf], [np.inf, 10]):
+        text = Room(ledger, ends, 2, limit).refusal()
+        k = int(limit[0] == np.inf)
+        assert f"stage {k} of 2 needs" in text
+        assert f"limit of {min(limit):,} bytes" in text
+
+
+def test_a_deep_network_is_refused_soon():
+    """A search takes about as many steps as there are pairs of layers."""
+    graph = trace_graph(models.build("resnet110"))
+    ledger = ledger_of(graph)
+    room = Room(ledger, legal_ends(graph, 8), 8, 1000)
+    start = time.perf_counter()
+    room.refusal()
+    assert time.perf_counter() - start < 10
+
+
+@pytest.mark.parametrize(
+    "limit",
+    [
+        0,
+        -5,
+        "x",
+        "88",
+        True,
+        np.nan,
+        {},
+        {1: 2, 3: 4},
+        [1, 2, 3],
+        [1, None],
+        [1, "2"],
+    ],
+)
 def test_limits_that_are_none(limit):
     graph = chain()
     with pytest.raises(ValueError, match=r"`memory_limit`.*Received"):

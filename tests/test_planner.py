@@ -12,13 +12,15 @@ import zoo
 from keras import layers
 
 import fdg_keras
-from fdg_keras import Plan, Trainer, planner
+from fdg_keras import Plan, Trainer, expectations, planner
+from fdg_keras.advice import Measured, with_measured
 from fdg_keras.crossing import STASHES
-from fdg_keras.planning import choose_cuts, with_measured
+from fdg_keras.planning import choose_cuts
 from fdg_keras.profiles import Profile, ProfileCache
 from fdg_keras.profiling import profile
 from fdg_keras.rates import UpdateRate, transfer_rate
 from fdg_keras.resources import Cable
+from fdg_keras.schedules import Delayed
 from fdg_keras.simulation import simulate
 from fdg_keras.slicing import cut_graph, trace_graph
 from fdg_keras.stashes import traced_stashes
@@ -173,7 +175,9 @@ def test_bytes_of_each_mode(stash):
         assert stage.peak_bytes > stage.stash_bytes
 
 
-def test_what_is_alike_is_measured_once(monkeypatch):
+@pytest.fixture
+def pieces(monkeypatch):
+    """Names of the nodes that were measured."""
     made = []
     init = fdg_keras.profiling._Piece.__init__
 
@@ -182,8 +186,48 @@ def test_what_is_alike_is_measured_once(monkeypatch):
         init(self, graph, node, *rest)
 
     monkeypatch.setattr(fdg_keras.profiling._Piece, "__init__", counting)
+    return made
+
+
+def test_what_is_alike_is_measured_once(pieces):
     profile(trace_graph(network(blocks=8)), 8, DEVICE)
-    assert made == ["stem", "conv0", "norm0", "add0", "pool", "head"]
+    assert pieces == ["stem", "conv0", "norm0", "add0", "pool", "head"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "make"),
+    [
+        ((4, 8), lambda i: layers.Bidirectional(layers.LSTM(4, **SEQUENCE))),
+        ((4, 8), lambda i: layers.RNN(layers.GRUCell(8), **SEQUENCE)),
+        ((8,), lambda i: layers.Dropout(0.5, seed=i)),
+        ((4, 8), lambda i: layers.TimeDistributed(layers.Dense(8))),
+        (
+            (8,),
+            lambda i: layers.Dense(
+                8, kernel_initializer=keras.initializers.HeNormal(seed=i)
+            ),
+        ),
+    ],
+)
+def test_names_and_seeds_make_no_difference(pieces, shape, make):
+    model = keras.Sequential([keras.Input(shape), *map(make, range(4))])
+    profile(trace_graph(model), 8, DEVICE, measure=False)
+    # A first layer differs: nobody asks for its input's gradient.
+    assert len(pieces) <= 2
+
+
+SEQUENCE = {"return_sequences": True}
+
+
+def test_precision_makes_a_difference(pieces):
+    model = keras.Sequential(
+        [
+            keras.Input((8,)),
+            *(layers.ReLU(dtype=d) for d in ("float32", "mixed_bfloat16")),
+        ]
+    )
+    profile(trace_graph(model), 8, DEVICE, measure=False)
+    assert len(pieces) == 2
 
 
 def test_what_was_measured_is_kept(monkeypatch, tmp_path):
@@ -196,22 +240,146 @@ def test_what_was_measured_is_kept(monkeypatch, tmp_path):
         profile(graph, 16, DEVICE, cache_dir=tmp_path)
     with pytest.raises(TypeError, match="callable"):
         profile(graph, 8, DEVICE, jit_compile=True, cache_dir=tmp_path)
+    # Nor of another machine, or of fewer of its cores.
+    for name, value in (
+        ("fdg_keras.keys._processor", lambda: "another"),
+        ("fdg_keras.keys._own_version", lambda: "0.0"),
+        ("os.sched_getaffinity", lambda _: {0, 1, 2, 3, 4}),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(name, value)
+            with pytest.raises(TypeError, match="callable"):
+                profile(graph, 8, DEVICE, cache_dir=tmp_path)
+
+
+class Twice(layers.Layer):
+    """A layer of the user's own."""
+
+    def call(self, x):
+        return 2.0 * x
+
+    def compute_output_shape(self, shape):
+        return shape
+
+
+class Applies(layers.Layer):
+    """Whose configuration does not say what it does."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def call(self, x):
+        return self.function(x)
+
+
+def half(x):
+    return 0.5 * x
+
+
+def no_loss(weights):
+    return 0.0
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        Twice,
+        lambda: Applies(half),
+        lambda: Applies(keras.ops.sin),
+        lambda: layers.Lambda(lambda x: x + 1.0),
+        lambda: layers.Dense(4, activation=half),
+        lambda: layers.TimeDistributed(Twice()),
+        lambda: layers.Dense(4, kernel_regularizer=no_loss),
+    ],
+)
+def test_code_of_the_user_is_measured_anew(pieces, tmp_path, make):
+    """It may be another the next time, of the same name."""
+    inputs = keras.Input((3, 4))
+    model = keras.Model(inputs, layers.Dense(4)(make()(inputs)))
+    for _ in range(2):
+        profile(trace_graph(model), 8, DEVICE, cache_dir=tmp_path)
+    assert len(pieces) == 3
+    assert pieces[0] == pieces[2]
+
+
+def test_code_of_the_user_is_told_apart(pieces):
+    """By what it is, not by its name."""
+
+    def another():
+        class Twice(layers.Layer):
+            def call(self, x):
+                return keras.ops.sin(x)
+
+        return Twice()
+
+    made = [
+        layers.Lambda(lambda x: x + 1.0),
+        layers.Lambda(lambda x: x * x),
+        *(Twice() for _ in range(4)),
+        another(),
+        another(),
+    ]
+    model = keras.Sequential([keras.Input((8,)), *made])
+    profile(trace_graph(model), 8, DEVICE, measure=False)
+    # Only blocks of the same class are alike.
+    assert pieces == [made[k].name for k in (0, 1, 2, 6, 7)]
 
 
 def test_a_cache_never_fails(tmp_path):
     found = Profile(
-        1.0, 2.0, 3.0, (True, False), (False,), (True,), 12, (0, None)
+        1.0, 2.0, 3.0, (True, False), (False,), (True,), 12, (0,), 1
     )
     cache = ProfileCache(tmp_path)
     cache.write("one", found)
-    assert cache.read("one") == found
-    assert cache.read("two") is None
-    (tmp_path / "one.json").write_text("{")
-    assert cache.read("one") is None
-    (tmp_path / "file").write_text("")
-    beneath_a_file = ProfileCache(tmp_path / "file")
+    assert cache.read("one", 2, 1, 1) == found
+    assert cache.read("two", 2, 1, 1) is None
+    beneath_a_file = ProfileCache(tmp_path / "one.json")
     beneath_a_file.write("one", found)
-    assert beneath_a_file.read("one") is None
+    assert beneath_a_file.read("one", 2, 1, 1) is None
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "",
+        "{",
+        "null",
+        "[1]",
+        "7",
+        "[" * 100_000,
+        {"surplus": 1},
+        {"forward_s": "x"},
+        {"forward_s": None},
+        {"backward_s": -1.0},
+        {"processor_s": float("nan")},
+        {"forward_s": float("inf")},
+        {"forward_s": True},
+        {"keeps_inputs": []},
+        {"keeps_inputs": True},
+        {"keeps_outputs": [1]},
+        {"keeps_weights": ["x", "y"]},
+        {"keeps_bytes": "x"},
+        {"keeps_bytes": 1.5},
+        {"views": [7]},
+        {"views": []},
+        {"views": None},
+        {"unsized": -1},
+    ],
+)
+def test_a_cache_that_is_spoilt_is_measured_again(pieces, tmp_path, wrong):
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(4)])
+    graph = trace_graph(model)
+    first = profile(graph, 8, DEVICE, cache_dir=tmp_path)
+    (path,) = tmp_path.glob("*.json")
+    if isinstance(wrong, dict):
+        wrong = json.dumps(json.loads(path.read_text()) | wrong)
+    path.write_text(wrong)
+    again = profile(graph, 8, DEVICE, cache_dir=tmp_path)
+    assert len(pieces) == 2
+    assert again[0].keeps_bytes == first[0].keeps_bytes
+    assert profile(graph, 8, DEVICE, cache_dir=tmp_path) == again
+    assert len(pieces) == 2
 
 
 def test_costs_are_those_of_the_layers():
@@ -263,6 +431,50 @@ def test_a_plan_travels_as_text():
             Plan.from_json(text)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("version", True),
+        ("stages", []),
+        ("stages", {}),
+        ("stages", [3]),
+        ("batch_size", "x"),
+        ("delay", -1),
+        ("step_s", "fast"),
+        ("notes", [1]),
+        ("surplus", 1),
+        ("stage.layers", []),
+        ("stage.layers", "abc"),
+        ("stage.layers", [1, 2]),
+        ("stage.costs", [1.0]),
+        ("stage.costs", ["a", "b", "c"]),
+        ("stage.device", 3),
+        ("stage.forward_s", "x"),
+        ("stage.forward_s", -1.0),
+        ("stage.backward_s", float("nan")),
+        ("stage.backward_s", float("inf")),
+        ("stage.parameters", "x"),
+        ("stage.parameters", 1.5),
+        ("stage.peak_bytes", 1.5),
+        ("stage.bytes", 7),
+        ("stage.bytes", {"batch": 1}),
+        ("stage.bytes", {"batch": -1}),
+        ("stage.surplus", 1),
+    ],
+)
+def test_nonsense_is_no_plan(name, value):
+    model = keras.Sequential(
+        [keras.Input((4,)), *(layers.Dense(4) for _ in range(3))]
+    )
+    text = fdg_keras.plan(model, 1, 8, measure=False).to_json()
+    assert Plan.from_json(text).stages
+    record = json.loads(text)
+    field = name.rpartition(".")[2]
+    (record["stages"][0] if "." in name else record)[field] = value
+    with pytest.raises(ValueError, match=r"Plan.to_json.*Received"):
+        Plan.from_json(json.dumps(record))
+
+
 def test_a_plan_can_be_simulated():
     """Equal devices, nothing in the way: the pace of the slowest stage."""
     devices = [f"CPU:{k}" for k in range(3)]
@@ -276,6 +488,146 @@ def test_a_plan_can_be_simulated():
     unmeasured = fdg_keras.plan(network(), 3, 8, devices, measure=False)
     with pytest.raises(ValueError, match=r"measured.*Received"):
         unmeasured.as_costs()
+
+
+@pytest.mark.parametrize("stash", STASHES)
+def test_a_simulation_agrees_with_the_plan(monkeypatch, stash):
+    """Nothing counts twice: copies, forwards again, handing over."""
+    far_apart(monkeypatch, 0.0, 1e-9)
+    devices = [f"CPU:{k}" for k in range(3)]
+    plan = fdg_keras.plan(network(), 3, 8, devices, stash=stash)
+    found = simulate(plan.as_costs(), schedule=Delayed(2), stash=stash)
+    computing = [s.tick_s - s.sends_s - s.returns_s for s in plan.stages]
+    assert found.seconds_per_step == pytest.approx(max(computing), rel=1e-6)
+    assert sum(s.sends_s + s.returns_s for s in plan.stages) > 0
+    peaks = [stage.peak_bytes for stage in plan.stages]
+    assert [s.peak_bytes for s in found.stages] == peaks
+
+
+def test_replay_takes_a_forward_more(monkeypatch):
+    model = network()
+    kept = fdg_keras.plan(model, 2, 8, ["CPU:0", "CPU:1"])
+    again = fdg_keras.plan(model, 2, 8, ["CPU:0", "CPU:1"], stash="replay")
+    # Of one device by back-propagation nothing is run again.
+    assert again.whole_s == pytest.approx(kept.whole_s, rel=0.2)
+    assert sum(s.tick_s - s.again_s for s in again.stages) == pytest.approx(
+        sum(s.tick_s for s in kept.stages), rel=0.2
+    )
+    assert all(stage.again_s > 0 for stage in again.stages)
+
+
+def test_selective_has_its_batch_again_in_the_backward():
+    model = network()
+    exact, selective = (
+        fdg_keras.plan(model, 3, 8, stash=stash, measure=False)
+        for stash in ("exact", "selective")
+    )
+    assert exact.cuts == selective.cuts
+    for a, b in zip(exact.stages, selective.stages):
+        assert b.bytes.batch + b.bytes.again == a.bytes.batch
+    # The last one, which runs its backward at once, saves nothing.
+    assert exact.stages[-1].peak_bytes == selective.stages[-1].peak_bytes
+    assert exact.stages[0].peak_bytes > selective.stages[0].peak_bytes
+
+
+def test_what_loops_keep_is_counted():
+    """As much as the same layers without a loop keep, or so."""
+
+    def peak(**how):
+        inputs = h = keras.Input((20, 8))
+        for _ in range(2):
+            h = layers.LSTM(16, return_sequences=True, **how)(h)
+        model = keras.Model(inputs, h)
+        return fdg_keras.plan(model, 2, 8, measure=False).stages[0].peak_bytes
+
+    assert peak() == pytest.approx(peak(unroll=True), rel=0.25)
+
+
+def endless(x):
+    return keras.ops.while_loop(
+        lambda x: keras.ops.sum(x) > 1, lambda x: (keras.ops.sin(x) / 2,), (x,)
+    )[0]
+
+
+def test_loops_of_unknown_length_are_named():
+    inputs = keras.Input((8,))
+    h = layers.Dense(8)(inputs)
+    h = layers.Lambda(endless, output_shape=(8,))(h)
+    model = keras.Model(inputs, layers.Dense(8)(h))
+    plan = fdg_keras.plan(model, 3, 8, measure=False)
+    (note,) = plan.notes
+    assert "is needed by stage 1:" in note
+    with pytest.warns(UserWarning, match="stage 1: .* not sure to hold"):
+        fdg_keras.plan(model, 3, 8, measure=False, memory_limit=10**9)
+
+
+def test_sizes_that_are_left_open():
+    inputs = keras.Input((None, 64), name="words")
+    model = keras.Model(inputs, layers.Dense(3)(layers.Dense(4)(inputs)))
+    with pytest.warns(UserWarning, match="'words'.*static shapes"):
+        plan = fdg_keras.plan(model, 2, 8, measure=False)
+    assert "were taken for 1" in str(plan)
+    inputs = keras.Input((10, 64))
+    model = keras.Model(inputs, layers.Dense(3)(layers.Dense(4)(inputs)))
+    assert fdg_keras.plan(model, 2, 8, measure=False).notes == ()
+
+
+def test_a_limit_is_that_of_a_device():
+    model, devices = network(8), ["CPU:0", "CPU:1"] * 2
+
+    def used(plan):
+        return [
+            sum(s.peak_bytes for s in plan.stages if s.device.endswith(name))
+            for name in ("CPU:0", "CPU:1")
+        ]
+
+    free = fdg_keras.plan(model, 4, 8, devices, measure=False)
+    limit = 0.98 * max(used(free))
+    # Each stage of it is below the limit, but not those of a device together.
+    assert max(stage.peak_bytes for stage in free.stages) < limit
+    held = fdg_keras.plan(
+        model, 4, 8, devices, measure=False, memory_limit=limit
+    )
+    assert max(used(held)) <= limit
+    with pytest.raises(ValueError, match="its device has 2 stages"):
+        fdg_keras.plan(
+            model, 4, 8, devices, measure=False, memory_limit=0.5 * limit
+        )
+
+
+def test_the_batch_of_the_model():
+    inputs = keras.Input(batch_shape=(64, 8))
+    model = keras.Model(inputs, layers.Dense(3)(layers.Dense(4)(inputs)))
+    with pytest.raises(ValueError, match=r"inputs, 64.*Received: batch_size=8"):
+        fdg_keras.plan(model, 2, 8, measure=False)
+    assert fdg_keras.plan(model, 2, 64, measure=False).batch_size == 64
+    with pytest.raises(ValueError, match=r"does not fit") as caught:
+        fdg_keras.plan(model, 2, 64, measure=False, memory_limit=100)
+    assert "batch_size=" not in str(caught.value)
+
+
+def test_a_model_without_layers():
+    inputs = keras.Input((4,))
+    with pytest.raises(ValueError, match=r"one layer or more.*Received"):
+        fdg_keras.plan(keras.Model(inputs, inputs), 1, 8)
+
+
+def test_what_a_trainer_refuses_is_not_planned():
+    class Own(keras.Model):
+        def train_step(self, data):
+            return {}
+
+    inputs = keras.Input((4,))
+    model = Own(inputs, layers.Dense(3)(layers.Dense(4)(inputs)))
+    fdg_keras.plan(model, 2, 8, measure=False)
+    with pytest.raises(ValueError, match="overrides `train_step`"):
+        fdg_keras.plan(_compiled(model), 2, 8, measure=False)
+
+
+def test_defaults():
+    plan = fdg_keras.plan(network(), measure=False)
+    assert (len(plan.stages), plan.batch_size) == (4, 128)
+    assert (plan.delay, plan.stash) == (2, "exact")
 
 
 def test_training_follows_a_plan():
@@ -294,9 +646,31 @@ def test_training_follows_a_plan():
     ]
     assert "measured ms" in str(after)
     assert "Measured: stage" in str(after)
+    # Utilisation that comes back: what is measured beside what is expected.
+    assert after.measured_step_s >= max(s.measured_s for s in after.stages)
+    assert f"Measured: {1 / after.measured_step_s:.3g} steps/s" in str(after)
+    assert "measured %" in str(after)
+    assert Plan.from_json(after.to_json()) == after
     # Neither is it the plan's own, nor does it add up.
     assert trainer.plan == after
     assert all(stage.measured_s is None for stage in plan.stages)
+
+
+def test_a_plan_of_other_settings_says_so():
+    model = network()
+    devices = ["CPU:0", "CPU:1"]
+    plan = fdg_keras.plan(model, 2, 8, devices, measure=False)
+    trainer = Trainer(model, plan, devices, delay=1, stash="replay")
+    (note,) = trainer.plan.notes
+    assert "of delay=2, stash='exact', but" in note
+    assert "with delay=1, stash='replay':" in note
+    x, y = np.ones((32, 8, 8, 3), "float32"), np.zeros(32)
+    trainer.fit(x, y, batch_size=16, verbose=0)
+    assert "of batch_size=8, delay=2" in trainer.plan.notes[0]
+    assert "with batch_size=16, delay=1" in trainer.plan.notes[0]
+    same = Trainer(model, plan, devices)
+    same.fit(x, y, batch_size=8, verbose=0)
+    assert not any("make a plan" in note for note in same.plan.notes)
 
 
 def test_a_plan_of_another_model():
@@ -327,6 +701,23 @@ def test_a_plan_knows_layers_that_were_named_by_keras():
     assert Trainer(unnamed(), plan).plan.cuts == plan.cuts
 
 
+def test_a_plan_does_not_split_a_shared_layer():
+    """Two layers there, one here: of the same names, but for numbers."""
+
+    def twice(*hidden):
+        inputs = keras.Input((8,))
+        h = layers.ReLU()(hidden[0](inputs))
+        return _compiled(keras.Model(inputs, layers.Dense(2)(hidden[-1](h))))
+
+    apart = twice(layers.Dense(8), layers.Dense(8))
+    plan = fdg_keras.plan(apart, 4, 8, ["CPU:0"] * 4, measure=False)
+    # As many parameters in each stage as the shared ones have.
+    with pytest.raises(
+        ValueError, match=r"cannot be cut after .*used on both sides.*Received"
+    ):
+        Trainer(twice(layers.Dense(8)), plan)
+
+
 def test_advice_moves_a_cut_from_the_slowest_stage():
     graph = trace_graph(network(6))
     model = network(6)
@@ -341,12 +732,18 @@ def test_advice_moves_a_cut_from_the_slowest_stage():
             for s in plan.stages
         ),
     )
-    note = with_measured(graph, plan, seconds).notes[-1]
+    note = with_measured(graph, plan, Measured(seconds, 0.1, 100)).notes[-1]
     assert "stage 1 is the slowest" in note
     assert "Cut after 'conv3' instead of 'conv0'" in note
     balanced = Trainer(model, ["conv3"], ["CPU:0", "CPU:1"]).plan
-    note = with_measured(graph, balanced, [1e-3, 1.01e-3]).notes[-1]
+    measured = Measured([1e-3, 1.01e-3], 0.1, 100)
+    note = with_measured(graph, balanced, measured).notes[-1]
     assert "no cut is worth moving" in note
+    # Few ticks are no base for advice.
+    few = with_measured(graph, plan, Measured(seconds, 0.1, 99))
+    assert "on average of 99 ticks. After 100" in few.notes[-1]
+    assert "instead of" not in few.notes[-1]
+    assert [s.measured_s for s in few.stages] == seconds
 
 
 def test_it_says_when_splitting_does_not_pay(monkeypatch):
@@ -394,7 +791,7 @@ def _compiled(model):
 def test_why_splitting_does_not_pay(plan, cores, reason):
     ticks, step_s, whole_s = plan
     found = plan_of(*ticks, step_s=step_s, whole_s=whole_s)
-    assert reason in planner._reason(found, max(ticks), cores)
+    assert reason in expectations._reason(found, max(ticks), cores)
 
 
 def test_memory_limits_move_cuts():

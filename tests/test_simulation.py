@@ -2,6 +2,9 @@
 
 import itertools
 import math
+import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -518,3 +521,51 @@ def test_links_of_the_default_size_are_always_large_enough():
     for delay, order, splits in itertools.product(range(4), ORDERS, (1, 2, 5)):
         costs = [Cost(float(k), 1.0) for k in range(splits)]
         simulate(costs, schedule=Delayed(delay, order), batches=3)
+
+
+# -- The script ----------------------------------------------------------------
+
+WRONG = """
+import sys
+sys.path.insert(0, "scripts")
+import simulate
+from absl import app, flags
+for wrong in sys.argv[1:]:
+    for name in simulate.FLAGS:
+        simulate.FLAGS[name].unparse()  # back to its default
+    try:
+        simulate.FLAGS(["simulate", "--model=resnet20", *wrong.split()])
+        simulate.main(["simulate"])
+    except (flags.Error, app.UsageError):
+        print("refused", wrong)
+    else:
+        print("computed", wrong)
+"""
+
+
+def test_the_script_refuses_what_cannot_be_simulated(tmp_path):
+    """In words, before it computes."""
+    (tmp_path / "file").write_text("")
+    wrong = [
+        "--splits=0",
+        "--splits=5000",
+        "--splits=2,x",
+        "--seed=-1 --jitter=0.1",
+        "--jitter=nan",
+        "--latency_us=inf",
+        "--operations_per_s=inf",
+        "--gbit_per_s=nan",
+        f"--plot={tmp_path}",
+        f"--plot={tmp_path}/file/picture.svg",
+    ]
+    root = pathlib.Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", WRONG, *wrong],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert not done.returncode, done.stderr
+    found = [w for w in wrong if f"refused {w}" in done.stdout.splitlines()]
+    assert found == wrong

@@ -1,0 +1,173 @@
+"""Which nodes compute the same, and so take as long.
+
+They have the same operation with the same settings, inputs and weights of the
+same shapes, and the same device. Names and seeds aside: these make layers
+different that are not.
+"""
+
+import functools
+import hashlib
+import os
+import pathlib
+import platform
+from collections.abc import Iterator
+from importlib import metadata
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from fdg_keras import _keras
+from fdg_keras.slicing import Graph, Node
+
+# Where a layer keeps what leads to all other layers of its model.
+_NEIGHBOURS = ("_inbound_nodes", "_outbound_nodes")
+
+# What differs between layers that compute the same.
+_OWN = ("name", "seed", "shared_object_id", "build_config")
+
+
+def key_of(
+    graph: Graph, node: Node, wanted: bool, setting: tuple
+) -> tuple[str, bool]:
+    """Returns a name that nodes share if they compute the same.
+
+    Args:
+        graph: The model.
+        node: One of its nodes.
+        wanted: Whether gradients of its inputs are.
+        setting: What else it depends on.
+
+    Returns:
+        The name, and whether it will be good tomorrow: it is if all code is
+        Keras' own. Of other code it is known whether it is the same only as
+        long as the graph exists.
+    """
+    numbers = {v: i for i, v in enumerate(dict.fromkeys(node.inputs))}
+    operation = node.operation
+    foreign = list(_foreign(node))
+    text = repr(
+        (
+            type(operation).__module__,
+            type(operation).__qualname__,
+            _configuration(node),
+            [
+                (numbers[v], graph.symbols[v].shape, graph.symbols[v].dtype)
+                for v in node.inputs
+            ],
+            [(v.shape, v.dtype, v.trainable) for v in node.variables],
+            wanted,
+            setting,
+            list(map(id, foreign)),
+        )
+    )
+    return hashlib.sha256(text.encode()).hexdigest()[:32], not foreign
+
+
+def where(device: str) -> tuple:
+    """Returns what a duration depends on beside layers and batch.
+
+    Args:
+        device: Full TensorFlow name.
+    """
+    spec = tf.DeviceSpec.from_string(device)
+    kind = spec.device_type
+    if kind == "GPU":
+        gpus = tf.config.list_physical_devices("GPU")
+        index = min(spec.device_index or 0, len(gpus) - 1)
+        kind = repr(tf.config.experimental.get_device_details(gpus[index]))
+    return (
+        kind,
+        (spec.job, spec.task) if spec.job != "localhost" else None,
+        _processor(),
+        len(os.sched_getaffinity(0)),
+        tf.config.threading.get_intra_op_parallelism_threads(),
+        tf.__version__,
+        keras.__version__,
+        _own_version(),
+    )
+
+
+@functools.cache
+def _processor() -> str:
+    """Returns the model of the processor, as far as it is known."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line for line in lines if line.startswith("model name"))
+    return next(named, platform.processor())
+
+
+@functools.cache
+def _own_version() -> str:
+    try:
+        return metadata.version("fdg_keras")
+    except metadata.PackageNotFoundError:  # run from its source
+        return ""
+
+
+def _foreign(node: Node) -> Iterator[Any]:
+    """Yields the classes and functions of a node that are not Keras' own."""
+    operation = node.operation
+    parts = [operation]
+    if isinstance(operation, keras.layers.Layer):
+        parts = _keras.layers_within(operation)
+    found = [*node.call.arguments.args, *node.call.arguments.kwargs.values()]
+    for part in parts:
+        found.append(type(part))
+        found += [v for k, v in vars(part).items() if k not in _NEIGHBOURS]
+    seen = set()
+    while found:
+        value = found.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, dict):
+            found += value.values()
+        elif isinstance(value, (list, tuple, set, frozenset)):
+            found += value
+        elif _is_foreign(value):
+            yield value if callable(value) else type(value)
+
+
+def _is_foreign(value: Any) -> bool:
+    module = getattr(value, "__module__", None) or type(value).__module__
+    root = module.partition(".")[0]
+    if root == "keras":
+        return False
+    # Data have no code; what is a number for Python is one for all.
+    return callable(value) or root not in ("builtins", "numpy", *_KNOWN)
+
+
+# Whose objects layers hold without calling them.
+_KNOWN = ("tensorflow", "inspect", "collections", "weakref", "threading")
+
+
+def _configuration(node: Node) -> Any:
+    """Returns the settings of an operation and of its call."""
+    arguments = _keras.tree.map_structure(
+        lambda x: None if isinstance(x, keras.KerasTensor) else repr(x),
+        (node.call.arguments.args, node.call.arguments.kwargs),
+    )
+    try:
+        config = node.operation.get_config()
+    except Exception:
+        # Keras asks for a `get_config` of the user's, which may do anything.
+        return node.name, arguments
+    return _settings(config), arguments
+
+
+def _settings(config: Any, keeps_name: bool = False) -> Any:
+    """Returns a configuration without what makes layers only look different."""
+    if isinstance(config, dict):
+        # The name of a policy says what it is.
+        is_policy = "DTypePolicy" in str(config.get("class_name"))
+        return {
+            key: _settings(value, is_policy)
+            for key, value in config.items()
+            if key not in _OWN or (key == "name" and keeps_name)
+        }
+    if isinstance(config, (list, tuple)):
+        return [_settings(value) for value in config]
+    return config

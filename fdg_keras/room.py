@@ -1,0 +1,185 @@
+"""Which cuts fit in memory; and if none does, why, and what would."""
+
+import itertools
+import math
+import numbers
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from fdg_keras import delays
+from fdg_keras.balancing import best_ends
+from fdg_keras.memory import Ledger
+
+_MIB = 2**20
+
+
+class Room:
+    """Which cuts fit in memory.
+
+    Args:
+        ledger: Of the model.
+        ends: Positions at which a stage may end, the last node's included.
+        splits: Number of stages.
+        limit: Bytes that a device may hold, divided into equal parts for the
+            stages that it has; or a number for each stage; `None` stands for
+            no limit.
+        devices: Of each stage. Default: one for each.
+
+    Raises:
+        ValueError: If `limit` is none of these.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        ends: np.ndarray,
+        splits: int,
+        limit: Any,
+        devices: Sequence[str] | None = None,
+    ):
+        self._ledger = ledger
+        self._ends = ends
+        self._limit = limit
+        self._starts = np.array([0, *(end + 1 for end in ends[:-1])])
+        names = list(devices) if devices else [str(k) for k in range(splits)]
+        self._stages_of = [names.count(name) for name in names]
+        self._limits = (
+            None if limit is None else _limits(limit, self._stages_of)
+        )
+
+    @property
+    def excess(self) -> Callable[[int, int], np.ndarray] | None:
+        """By how much stages are too large, as `planning.balance` asks."""
+        if self._limits is None:
+            return None
+        return self._excess_of(self._ledger, self._limits)
+
+    def refusal(self) -> str:
+        """Returns why no cuts fit, and what would."""
+        limits = self._limits or []
+        worst, k = self._smallest(self._ledger, limits)
+        fits = [
+            text
+            for text, ledger, splits in self._ways_out(len(limits))
+            if self._smallest(ledger, [*limits, *limits[-1:] * splits])[0] <= 0
+        ]
+        shares = self._stages_of[k]
+        return (
+            f"The model does not fit: with the cuts that come closest, stage "
+            f"{k} of {len(limits)} needs {_size(limits[k] + worst)}, "
+            f"{_size(worst)} more than its limit of {_size(limits[k])}"
+            + (f" (its device has {shares} stages)" if shares > 1 else "")
+            + ". What would fit: "
+            + (
+                "; ".join(fits)
+                or "none of more stages, another stash mode or a smaller batch"
+            )
+            + f". Received: memory_limit={self._limit!r}"
+        )
+
+    def _ways_out(self, splits: int) -> Iterator[tuple[str, Ledger, int]]:
+        """Yields what else may be tried, and how many stages it adds.
+
+        Not `"selective"`: a plan is held to what `"exact"` needs then, too.
+        """
+        ledger = self._ledger
+        if ledger.stash in ("exact", "selective"):
+            yield 'stash="current"', ledger.otherwise("current"), 0
+        if ledger.stash != "replay":
+            yield 'stash="replay"', ledger.otherwise("replay"), 0
+        for factor in (2, 4, 8, 16):
+            if ledger.batch_size >= factor and not ledger.batch_is_fixed:
+                yield (
+                    f"batch_size={ledger.batch_size // factor}",
+                    ledger.otherwise(ledger.stash, factor),
+                    0,
+                )
+        if max(self._stages_of) > 1:
+            return  # More stages on the same devices leave less to each.
+        for more in (1, 2, 4):
+            if splits + more <= len(self._ends):
+                yield f"splits={splits + more}", ledger, more
+
+    def _smallest(
+        self, ledger: Ledger, limits: Sequence[float]
+    ) -> tuple[float, int]:
+        """Returns the excess that cannot be avoided, and whose it is."""
+        ends = best_ends(
+            len(self._ends), len(limits), self._excess_of(ledger, limits)
+        )
+        assert ends is not None  # nothing is infinitely large
+        found = [
+            ledger.peak(
+                self._starts[a],
+                delays.stage_delay(k, len(limits), ledger.delay),
+            )[self._ends[b - 1]]
+            - limits[k]
+            for k, (a, b) in enumerate(itertools.pairwise([0, *ends]))
+        ]
+        k = int(np.argmax(found))
+        return float(found[k]), k
+
+    def _excess_of(
+        self, ledger: Ledger, limits: Sequence[float]
+    ) -> Callable[[int, int], np.ndarray]:
+        columns = _Columns(ledger, self._starts, self._ends)
+
+        def excess(k: int, j: int) -> np.ndarray:
+            late = delays.stage_delay(k, len(limits), ledger.delay)
+            there, each = columns(j)
+            return there[:j] + late * each[:j] - limits[k]
+
+        return excess
+
+
+class _Columns:
+    """`Ledger.columns`, one at a time, for as long as it is asked for."""
+
+    def __init__(self, ledger: Ledger, starts: np.ndarray, ends: np.ndarray):
+        self._begin = lambda: ledger.columns(starts, [int(e) for e in ends])
+        self._columns = self._begin()
+        self._at = 0
+        self._last = (starts, starts)
+
+    def __call__(self, j: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the column of the pieces up to j, from 1."""
+        if j < self._at:
+            self._columns, self._at = self._begin(), 0
+        while self._at < j:
+            self._last = next(self._columns)
+            self._at += 1
+        return self._last
+
+
+def _limits(limit: Any, stages_of: Sequence[int]) -> list[float]:
+    """Returns bytes for each stage.
+
+    Args:
+        limit: As of `Room`.
+        stages_of: How many stages the device of each stage has.
+    """
+    each = isinstance(limit, (list, tuple, np.ndarray))
+    found = list(limit) if each else [limit] * len(stages_of)
+    if len(found) != len(stages_of) or not all(map(_is_limit, found)):
+        raise ValueError(
+            "Expected `memory_limit` to be the bytes that a device may hold, "
+            f"or a list of {len(stages_of)} such numbers, one for each stage. "
+            f"Received: {limit!r}"
+        )
+    return [
+        float(one) / (1 if each else count)
+        for one, count in zip(found, stages_of)
+    ]
+
+
+def _is_limit(value: Any) -> bool:
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return real and value > 0
+
+
+def _size(count: float) -> str:
+    if count < _MIB:
+        return f"{math.ceil(count):,} bytes"
+    return f"{count / _MIB:,.1f} MiB"
