@@ -1,23 +1,16 @@
-"""Stages on other machines: TensorFlow's cluster runtime, and its faults.
+"""Stages on other machines, by TensorFlow's own cluster runtime.
 
 Each machine runs a worker (`python -m fdg_keras.worker`). The process that
 trains, the chief, connects once; then the workers' devices are devices like any
 other, and stages hand their batches from worker to worker.
-
-TensorFlow notices at once that a worker's process has ended, but waits for ever
-for one that is stopped or cut off. So a `Watch` asks the workers for signs of
-life while a model is in stages, over connections of its own. It cuts off from
-the chief who gives none, and whoever waits for it fails at once.
 """
 
-import contextlib
+import gc
 import json
 import os
 import platform
-import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
@@ -25,9 +18,7 @@ import keras
 import tensorflow as tf
 
 from fdg_keras import sockets
-
-#: The job that workers belong to.
-JOB = "worker"
+from fdg_keras.watch import ANSWER_S, JOB, Task, Vigil, Watch, connection
 
 # A worker keeps its versions in a file without a name, which the chief reads
 # where a file of that worker's process can be found by its number.
@@ -37,46 +28,6 @@ _VERSIONS_PATH = f"/proc/self/fd/{_VERSIONS_FD}"
 # TensorFlow reads it as it connects. With streams one blocked queue operation
 # would block every other call to the same worker.
 _STREAMING = "TF_ENABLE_EAGER_CLIENT_STREAMING_ENQUEUE"
-
-# Signs of life are asked for so often, or ten times within the time limit, and
-# one is waited for so long.
-_INTERVAL_S = 2.0
-_ANSWER_S = 5.0
-# Who is lost is cut off again and again: TensorFlow connects anew.
-_CUT_S = 0.02
-
-
-@dataclass(frozen=True)
-class _Task:
-    """A worker."""
-
-    index: int
-    address: str
-    end: sockets.End
-
-    @property
-    def prefix(self) -> str:
-        return f"/job:{JOB}/replica:0/task:{self.index}"
-
-    @property
-    def host(self) -> str:
-        return f"{self.prefix}/device:CPU:0"
-
-    def __str__(self) -> str:
-        return f"task {self.index} of job '{JOB}' ({self.address})"
-
-
-class _Connection:
-    """What this process is connected to, if anything."""
-
-    def __init__(self) -> None:
-        self.tasks: list[_Task] = []
-        self.timeout_s = 30.0
-        self.lost: dict[_Task, str] = {}
-
-
-_connection = _Connection()
-
 
 # -- Who is in the cluster -----------------------------------------------------
 
@@ -202,12 +153,12 @@ def connect_to_cluster(
         )
     addresses = parse_cluster(cluster).job_tasks(JOB)
     if _check_unconnected(addresses):
-        _connection.timeout_s = timeout_s
+        connection.timeout_s = timeout_s
         return _devices()
     tasks = _wait_for_all(addresses, timeout_s)
     _connect(tasks, timeout_s)
-    _connection.tasks = tasks
-    _connection.timeout_s = timeout_s
+    connection.tasks = tasks
+    connection.timeout_s = timeout_s
     return _devices()
 
 
@@ -218,7 +169,7 @@ def _check_unconnected(addresses: Sequence[str]) -> bool:
         RuntimeError: If it is in another one.
         ConnectionError: If it has lost a worker.
     """
-    mine = [task.address for task in _connection.tasks]
+    mine = [task.address for task in connection.tasks]
     jobs = {
         tf.DeviceSpec.from_string(device.name).job
         for device in tf.config.list_logical_devices()
@@ -226,6 +177,15 @@ def _check_unconnected(addresses: Sequence[str]) -> bool:
     if mine == list(addresses):
         Watch(_devices()).check()
         return True
+    gc.collect()
+    made = sum(issubclass(type(o), tf.Variable) for o in gc.get_objects())
+    if made and not mine:
+        raise RuntimeError(
+            "TensorFlow forgets variables that were made before it joins a "
+            "cluster: what is assigned to them has no effect. Expected "
+            "`connect_to_cluster` to be called before models, optimizers and "
+            f"metrics are made. Received: {made} variables that are there"
+        )
     if mine or jobs - {None, "localhost"}:
         raise RuntimeError(
             "TensorFlow can join one cluster in a process, and this process "
@@ -238,7 +198,7 @@ def _check_unconnected(addresses: Sequence[str]) -> bool:
     return False
 
 
-def _wait_for_all(addresses: Sequence[str], timeout_s: float) -> list[_Task]:
+def _wait_for_all(addresses: Sequence[str], timeout_s: float) -> list[Task]:
     """Waits until every worker answers; they may be starting still."""
     deadline = time.monotonic() + timeout_s
     tasks = []
@@ -246,9 +206,9 @@ def _wait_for_all(addresses: Sequence[str], timeout_s: float) -> list[_Task]:
         while True:
             left = deadline - time.monotonic()
             try:
-                task = _Task(index, address, sockets.resolve(address)[0])
+                task = Task(index, address, sockets.resolve(address)[0])
                 reason = sockets.unanswered(
-                    task.end, min(max(left, 0.1), _ANSWER_S)
+                    task.end, min(max(left, 0.1), ANSWER_S)
                 )
             except OSError as error:
                 reason = error
@@ -268,7 +228,7 @@ def _wait_for_all(addresses: Sequence[str], timeout_s: float) -> list[_Task]:
     return tasks
 
 
-def _connect(tasks: list[_Task], timeout_s: float) -> None:
+def _connect(tasks: list[Task], timeout_s: float) -> None:
     """Joins the cluster, and checks that its workers do as they should."""
     os.environ[_STREAMING] = "False"
     try:
@@ -280,7 +240,7 @@ def _connect(tasks: list[_Task], timeout_s: float) -> None:
         spec["localhost"] = [
             f"[{own}]:{port}" if ":" in own else f"{own}:{port}"
         ]
-        with _Vigil(tasks, timeout_s):
+        with Vigil(tasks, [], timeout_s):
             tf.config.experimental_connect_to_cluster(
                 tf.train.ClusterSpec(spec),
                 job_name="localhost",
@@ -300,7 +260,7 @@ def _connect(tasks: list[_Task], timeout_s: float) -> None:
         ) from error
 
 
-def _check_versions(task: _Task) -> None:
+def _check_versions(task: Task) -> None:
     try:
         with tf.device(task.host):
             found = json.loads(tf.io.read_file(_VERSIONS_PATH).numpy())
@@ -327,143 +287,3 @@ def _devices() -> list[str]:
     specs = [spec for spec in specs if spec.device_type == kind]
     specs.sort(key=lambda spec: (spec.task, spec.device_index))
     return [spec.to_string() for spec in specs]
-
-
-# -- Faults --------------------------------------------------------------------
-
-
-class Watch:
-    """Looks after the workers that some stages run on.
-
-    Use it as a context manager. Within, a worker that gives no sign of life
-    for as long as `connect_to_cluster` was told is cut off, and every call
-    that waits for it fails with a `tf.errors.OpError`, in whatever thread.
-
-    Args:
-        devices: The device of each stage; there is nothing to do for those of
-            this process.
-    """
-
-    def __init__(self, devices: Sequence[str]):
-        self._devices = devices
-        self._tasks = [
-            task
-            for task in _connection.tasks
-            if any(_is_on(device, task) for device in devices)
-        ]
-        self._vigil = contextlib.ExitStack()
-
-    @property
-    def is_needed(self) -> bool:
-        """Whether a stage is on another machine."""
-        return bool(self._tasks)
-
-    def __enter__(self) -> "Watch":
-        self.check()
-        self._vigil.enter_context(_Vigil(self._tasks, _connection.timeout_s))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._vigil.close()
-
-    def check(self) -> None:
-        """Checks that no worker is known to be lost.
-
-        Raises:
-            ConnectionError: If one is.
-        """
-        loss = self._loss()
-        if loss is not None:
-            raise loss
-
-    def find_loss(self) -> ConnectionError | None:
-        """Asks all workers now; returns an error if one is lost."""
-        for task in self._tasks:
-            if task in _connection.lost:
-                continue
-            reason = sockets.unanswered(task.end, _ANSWER_S)
-            if reason is not None:
-                _connection.lost[task] = str(reason)
-                continue
-            try:
-                with tf.device(task.host):
-                    tf.io.read_file(_VERSIONS_PATH).numpy()
-            except tf.errors.OpError:
-                # Another process answers there, which knows nothing of this
-                # one; or it was cut off meanwhile.
-                _connection.lost.setdefault(task, "it was restarted")
-        return self._loss()
-
-    def _loss(self) -> ConnectionError | None:
-        lost = [task for task in self._tasks if task in _connection.lost]
-        if not lost:
-            return None
-        which = "; ".join(
-            f"{task}, which runs {self._stages_on(task)}: "
-            f"{_connection.lost[task]}"
-            for task in lost
-        )
-        return ConnectionError(
-            "A worker was lost. Expected it to answer as long as a model is "
-            "in stages. See what has become of its process and the network, "
-            "restart it, and then this process: a `BackupAndRestore` among "
-            "the callbacks goes on from the last backup. "
-            f"Received: {which}"
-        )
-
-    def _stages_on(self, task: _Task) -> str:
-        stages = [
-            str(k)
-            for k, device in enumerate(self._devices)
-            if _is_on(device, task)
-        ]
-        return f"stage {', '.join(stages)}"
-
-
-class _Vigil:
-    """Asks workers for signs of life, each in a thread of its own."""
-
-    def __init__(self, tasks: Sequence[_Task], timeout_s: float):
-        self._timeout_s = timeout_s
-        self._ended = threading.Event()
-        self._threads = [
-            threading.Thread(
-                target=self._keep,
-                args=(task,),
-                name=f"fdg-watch-{task.index}",
-                daemon=True,
-            )
-            for task in tasks
-        ]
-
-    def __enter__(self) -> None:
-        for thread in self._threads:
-            thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        for thread in self._threads:
-            thread.join()
-
-    def _keep(self, task: _Task) -> None:
-        interval = min(_INTERVAL_S, self._timeout_s / 10)
-        answered = time.monotonic()
-        while task not in _connection.lost and not self._ended.wait(interval):
-            reason = sockets.unanswered(
-                task.end, min(_ANSWER_S, self._timeout_s / 2)
-            )
-            now = time.monotonic()
-            if reason is None:
-                answered = now
-            elif isinstance(reason, ConnectionRefusedError):
-                _connection.lost[task] = str(reason)
-            elif now - answered > self._timeout_s:
-                _connection.lost[task] = (
-                    f"no sign of life for {now - answered:.0f} s ({reason})"
-                )
-        while task in _connection.lost and not self._ended.wait(_CUT_S):
-            sockets.cut_off([task.end])
-
-
-def _is_on(device: str, task: _Task) -> bool:
-    return device.startswith(f"{task.prefix}/")

@@ -12,7 +12,6 @@ import keras
 import tensorflow as tf
 
 from fdg_keras import _keras
-from fdg_keras.cluster import Watch
 from fdg_keras.conductor import Conductor
 from fdg_keras.data import Batches, Spec
 from fdg_keras.emulation import Emulation
@@ -24,6 +23,7 @@ from fdg_keras.placement import Relocation
 from fdg_keras.slicing import Graph, Slice
 from fdg_keras.statistics import StageStatistics
 from fdg_keras.threads import uninterrupted
+from fdg_keras.watch import Watch
 
 Mode = Literal["train", "test", "predict"]
 

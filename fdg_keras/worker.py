@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import tensorflow as tf
 
 from fdg_keras import cluster, sockets
+from fdg_keras.watch import JOB
 
 _DESCRIPTION = """\
 Serves the devices of this machine to fdg_keras.fit in another process, the
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(arguments)
     try:
         spec, index = _choose_task(args)
-        address = spec.task_address(cluster.JOB, index)
+        address = spec.task_address(JOB, index)
         _check_address(address, args.allow_network)
     except (ValueError, OSError) as error:
         sys.exit(f"fdg_keras.worker: {error}")
@@ -57,13 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"listens; or give this task another port. Received: {address}"
         )
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    _serve(spec, index, port, args.allow_network)
+    server = _serve(spec, index, port, args.allow_network)
     cluster.publish_versions()
     print(_greeting(spec, index, args.allow_network), flush=True)
     name = _wait_for_signal(signal.SIGTERM, signal.SIGINT)
-    print(f"{name}: the worker ends.", flush=True)
-    # TensorFlow's server cannot be shut down; it ends with the process.
-    os._exit(0)
+    print(f"{name}: the worker at {server.target} ends.", flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -95,10 +94,10 @@ def _choose_task(args: argparse.Namespace) -> tuple[tf.train.ClusterSpec, int]:
     if args.cluster is None:
         spec = cluster.parse_cluster(None)
         task = cluster.tf_config().get("task") or {}
-        kind, index = task.get("type", cluster.JOB), task.get("index")
-        if kind != cluster.JOB:
+        kind, index = task.get("type", JOB), task.get("index")
+        if kind != JOB:
             raise ValueError(
-                f"Expected a task of type {cluster.JOB!r} in TF_CONFIG. A "
+                f"Expected a task of type {JOB!r} in TF_CONFIG. A "
                 "chief is no worker: it is the process that calls "
                 f"`fdg_keras.fit`. Received: {kind!r}"
             )
@@ -107,7 +106,7 @@ def _choose_task(args: argparse.Namespace) -> tuple[tf.train.ClusterSpec, int]:
         index = None
     if args.task is not None:
         index = args.task
-    count = spec.num_tasks(cluster.JOB)
+    count = spec.num_tasks(JOB)
     if not str(index).isdigit() or int(str(index)) >= count:
         raise ValueError(
             f"Expected the task of this worker, 0 to {count - 1}, as --task "
@@ -130,10 +129,10 @@ def _check_address(address: str, allow_network: bool) -> None:
 
 def _serve(
     spec: tf.train.ClusterSpec, index: int, port: int, allow_network: bool
-) -> None:
+) -> tf.distribute.Server:
     """Starts the server, in threads of TensorFlow's."""
     try:
-        server = tf.distribute.Server(spec, cluster.JOB, index, "grpc")
+        server = tf.distribute.Server(spec, JOB, index, "grpc")
     except tf.errors.OpError as error:
         sys.exit(
             f"fdg_keras.worker: TensorFlow could not serve on port {port}. "
@@ -146,7 +145,7 @@ def _serve(
             f"firewall closes port {port}.",
             file=sys.stderr,
         )
-    assert server.target
+    return server
 
 
 def _wait_for_signal(*signals: signal.Signals) -> str:
@@ -168,8 +167,8 @@ def _greeting(
     spec: tf.train.ClusterSpec, index: int, allow_network: bool
 ) -> str:
     """Says what this is, and what to do next."""
-    addresses = spec.job_tasks(cluster.JOB)
-    config = json.dumps({"cluster": {cluster.JOB: addresses}})
+    addresses = spec.job_tasks(JOB)
+    config = json.dumps({"cluster": {JOB: addresses}})
     who = "from every machine that reaches it" if allow_network else "locally"
     return (
         f"fdg_keras worker, task {index} of {len(addresses)}, process "
