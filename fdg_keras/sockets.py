@@ -8,7 +8,9 @@ sockets of this process (Linux).
 import contextlib
 import ipaddress
 import os
+import pathlib
 import socket
+import struct
 from collections.abc import Collection, Iterator
 
 # What an HTTP/2 client says first, with an empty SETTINGS frame (RFC 9113,
@@ -113,13 +115,13 @@ def is_free(port: int) -> bool:
 def cut_off(ends: Collection[End]) -> None:
     """Ends every connection of this process to these ends, now.
 
-    Whoever waits for an answer over one of them is told so by an error, as if
-    the process at the other end had died.
+    Whoever waits for an answer over one of them, or for the connection, is
+    told so by an error, as if the process at the other end had died.
     """
+    inodes = _inodes(ends)
     for one in _own_sockets():
-        with contextlib.suppress(OSError):
-            host, port = one.getpeername()[:2]
-            if (host.removeprefix("::ffff:"), port) in ends:
+        if os.fstat(one.fileno()).st_ino in inodes:
+            with contextlib.suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)
 
 
@@ -140,6 +142,31 @@ def hold_to_loopback(port: int) -> bool:
                 one.setsockopt(socket.SOL_SOCKET, _SO_BINDTODEVICE, b"lo\0")
                 held = True
     return held
+
+
+def _inodes(ends: Collection[End]) -> set[int]:
+    """Returns the inodes of sockets that are, or are to be, connected so.
+
+    Of a connection that is being made only the kernel's table tells the end.
+    """
+    found = set()
+    for table in ("/proc/self/net/tcp", "/proc/self/net/tcp6"):
+        with contextlib.suppress(OSError):
+            for line in pathlib.Path(table).read_text().splitlines()[1:]:
+                fields = line.split()
+                if _decode(fields[2]) in ends:
+                    found.add(int(fields[9]))
+    return found
+
+
+def _decode(end: str) -> End:
+    """Returns an end as the kernel's table writes it: see proc(5)."""
+    host, _, port = end.partition(":")
+    # Each 32 bits are in the machine's own order of bytes.
+    words = struct.unpack(f"!{len(host) // 8}I", bytes.fromhex(host))
+    ip = ipaddress.ip_address(struct.pack(f"={len(words)}I", *words))
+    mapped = ip.ipv4_mapped if ip.version == 6 else None
+    return str(mapped or ip), int(port, 16)
 
 
 def _own_sockets() -> Iterator[socket.socket]:

@@ -26,7 +26,7 @@ JOB = "worker"
 _INTERVAL_S = 2.0
 ANSWER_S = 5.0
 # Who is lost is cut off again and again: TensorFlow connects anew.
-_CUT_S = 0.02
+_CUT_S = 0.05
 
 
 @dataclass(frozen=True)
