@@ -23,8 +23,7 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import bench_speed
 import tensorflow as tf
@@ -32,6 +31,7 @@ import tensorflow as tf
 import fdg_keras
 from fdg_keras import delays, sockets
 
+ROOT = Path(__file__).resolve().parent.parent
 # Name, batch size, K.
 CASES = [("resnet20", 128, 2), ("resnet20", 32, 2)]
 QUICK = [("resnet20", 32, 2)]
