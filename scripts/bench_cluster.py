@@ -32,16 +32,16 @@ import fdg_keras
 from fdg_keras import delays, sockets
 
 ROOT = Path(__file__).resolve().parent.parent
-# Name, batch size, K.
-CASES = [("resnet20", 128, 2), ("resnet20", 32, 2)]
-QUICK = [("resnet20", 32, 2)]
+# Name, hidden layers (of the MLP), batch size, K.
+CASES = [("resnet20", 0, 128, 2), ("resnet20", 0, 32, 2), ("mlp", 8, 32, 2)]
+QUICK = [("resnet20", 0, 32, 2)]
 
 
 class Linked(bench_speed.Linked):
     """The stages as they train, on given devices."""
 
-    def __init__(self, name, batch, devices):
-        self._model, self._data = bench_speed.build(name, 0, batch)
+    def __init__(self, name, hidden, batch, devices):
+        self._model, self._data = bench_speed.build(name, hidden, batch)
         self.trainer = fdg_keras.Trainer(self._model, len(devices), devices)
         self._late = delays.stage_delay(0, len(devices), 2)
         self.usage = []
@@ -73,12 +73,14 @@ def workers(count):
         yield addresses
 
 
-def measure(name, batch, devices, rounds):
+def measure(name, hidden, batch, devices, rounds):
     """Measures one case; returns an entry of the JSON file."""
     splits = len(devices)
     variants = {
-        "one_process": Linked(name, batch, [f"CPU:{k}" for k in range(splits)]),
-        "workers": Linked(name, batch, devices),
+        "one_process": Linked(
+            name, hidden, batch, [f"CPU:{k}" for k in range(splits)]
+        ),
+        "workers": Linked(name, hidden, batch, devices),
     }
     steps = {}
     for key, variant in variants.items():
@@ -92,6 +94,7 @@ def measure(name, batch, devices, rounds):
     ratios = [w / o for w, o in zip(times["workers"], times["one_process"])]
     return {
         "model": name,
+        "layers": hidden or None,
         "batch": batch,
         "K": splits,
         **{f"{key}_ms": statistics.median(ms) for key, ms in times.items()},
@@ -102,8 +105,9 @@ def measure(name, batch, devices, rounds):
 
 def row(case):
     """Returns a line of the table."""
+    name = case["model"] + (f" ({case['layers']})" if case["layers"] else "")
     return (
-        f"{case['model']:<10}{case['batch']:>5}{case['K']:>3}"
+        f"{name:<10}{case['batch']:>5}{case['K']:>3}"
         f"{case['one_process_ms']:>13.1f}{case['workers_ms']:>10.1f}"
         f"{case['workers_over_one_process']:>8.3f}"
     )
@@ -120,7 +124,7 @@ def main():
     args = parser.parse_args()
     if args.workers is None:
         # They end after who is connected to them, or TensorFlow complains.
-        with workers(max(splits for _, _, splits in CASES)) as addresses:
+        with workers(max(splits for *_, splits in CASES)) as addresses:
             command = [sys.executable, __file__, *sys.argv[1:]]
             command += ["--workers", ",".join(addresses)]
             sys.exit(subprocess.run(command).returncode)
@@ -139,8 +143,8 @@ def main():
         f"{'workers':>10}{'ratio':>8}"
     )
     rounds = args.rounds or (3 if args.quick else 9)
-    for name, batch, splits in QUICK if args.quick else CASES:
-        case = measure(name, batch, devices[:splits], rounds)
+    for name, hidden, batch, splits in QUICK if args.quick else CASES:
+        case = measure(name, hidden, batch, devices[:splits], rounds)
         result["cases"].append(case)
         print(row(case), flush=True)
         if args.json:

@@ -83,3 +83,13 @@ def test_bytes_are_as_predicted(memory, stash):
         assert stage["at_most_bytes"] > stage["predicted_bytes"] > 0
     assert case["stages"][-1]["held_bytes"] == 0
     assert case["step_ms"] > 0
+
+
+def test_a_case_of_the_cluster():
+    """On two devices of this process, which is what workers are compared to."""
+    script = importlib.import_module("bench_cluster")
+    case = script.measure("mlp", 3, 32, ["CPU:2", "CPU:3"], rounds=2)
+    assert case["one_process_ms"] > 0
+    assert case["workers_ms"] > 0
+    assert len(case["rounds_ms"]["workers"]) == 2
+    assert "mlp (3)" in script.row(case)
