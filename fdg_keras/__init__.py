@@ -16,6 +16,7 @@ if _keras_package.backend.backend() != "tensorflow":
     )
 
 from fdg_keras import callbacks as callbacks
+from fdg_keras.cluster import connect_to_cluster
 from fdg_keras.corrections import (
     Correction,
     DelayCompensation,
@@ -39,6 +40,7 @@ __all__ = [
     "StagePlan",
     "Trainer",
     "WeightPrediction",
+    "connect_to_cluster",
     "fit",
     "plan",
 ]

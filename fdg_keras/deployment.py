@@ -1,12 +1,15 @@
 """A sliced model on its devices, with a pipeline for each way to run it."""
 
+import contextlib
 import functools
+import gc
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import keras
+import tensorflow as tf
 
 from fdg_keras import _keras
 from fdg_keras.conductor import Conductor
@@ -20,6 +23,7 @@ from fdg_keras.placement import Relocation
 from fdg_keras.slicing import Graph, Slice
 from fdg_keras.statistics import StageStatistics
 from fdg_keras.threads import uninterrupted
+from fdg_keras.watch import Watch
 
 Mode = Literal["train", "test", "predict"]
 
@@ -89,7 +93,9 @@ class Deployment:
         self._devices = devices
         self._settings = settings
         self._emulate = emulate
-        self._relocation = Relocation()
+        self._watch = Watch(devices)
+        self._relocation = Relocation(may_be_lost=self._watch.is_needed)
+        self._saved_steps: int | None = None
         self._built: dict[Mode, Built] = {}
         self._left: list[Pipeline | Emulation] = []
         self._jit_compile = False
@@ -112,6 +118,8 @@ class Deployment:
         model = self.model
         if not self._relocation.is_away:
             check_idle(model)  # Others may have its variables.
+            self._watch.__enter__()
+            self._saved_steps = None
             # What the model compiled, it compiled for its variables at home;
             # and XLA refuses variables that are spread over devices.
             self._jit_compile = bool(model.jit_compile)
@@ -120,12 +128,53 @@ class Deployment:
             vars(model)["make_train_function"] = _refuse_to_train
         self._relocation.__enter__()
 
-    def __exit__(self, *details: object) -> None:
+    def __exit__(
+        self,
+        kind: Any = None,
+        error: BaseException | None = None,
+        traceback: Any = None,
+    ) -> None:
         with uninterrupted():
-            self._relocation.__exit__(*details)
+            loss = self._leave(error)
             if not self._relocation.is_away:
+                self._watch.__exit__()
                 self._set_functions(self._functions, self._jit_compile)
                 vars(self.model).pop("make_train_function", None)
+        if loss is None:
+            return
+        if error is None or isinstance(error, tf.errors.OpError):
+            raise loss from error
+        error.add_note(str(loss))
+
+    def _leave(self, error: BaseException | None) -> ConnectionError | None:
+        """Brings variables home; returns what is to be said of lost workers.
+
+        With a worker lost, those of all stages get the values they had at the
+        end of the last epoch, so that they belong together.
+        """
+        fails = self._watch.is_needed and error is not None
+        loss = self._watch.find_loss() if fails else None
+        if loss is None:
+            try:
+                self._relocation.__exit__()
+                return None
+            except tf.errors.OpError:
+                loss = self._watch.find_loss()
+                if loss is None:
+                    raise
+        self._relocation.abandon()
+        built = self._built.get("train")
+        if built and built.optimizers and self._saved_steps is not None:
+            built.optimizers.steps = self._saved_steps
+        # While calls to lost workers fail at once, and do not block.
+        self._built.clear()
+        self._left.clear()
+        gc.collect()
+        loss.add_note(
+            "The model holds the weights and slots of the end of the last "
+            "epoch, or of the begin of `fit` if none has ended."
+        )
+        return loss
 
     def _set_functions(self, functions: dict, jit_compile: bool) -> None:
         for name, function in functions.items():
@@ -174,12 +223,29 @@ class Deployment:
 
             rate = optimizers.learning_rate
             self.statistics = []
+            if self._saved_steps is None:
+                self._save(optimizers)
             try:
                 self.statistics = run(
                     epoch, rate, begin, counted_end, until_pause
                 )
-            finally:
+            except tf.errors.OpError:
+                # It is not to be hidden by another one of a device that is
+                # gone.
+                with contextlib.suppress(tf.errors.OpError):
+                    optimizers.push()
+                raise
+            except BaseException:
                 optimizers.push()
+                raise
+            optimizers.push()
+            self._save(optimizers)
+
+    def _save(self, optimizers: StageOptimizers) -> None:
+        """Keeps what is left if a worker is lost, in case there are any."""
+        if self._watch.is_needed:
+            self._relocation.save()
+            self._saved_steps = optimizers.steps
 
     def build(
         self,

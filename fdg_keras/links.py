@@ -8,6 +8,7 @@ lane, a queue on the host of the same machine.
 """
 
 import itertools
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,9 @@ import tensorflow as tf
 
 # What TensorFlow's GPU kernels expect in host memory.
 _HOST_TYPES = (tf.int32, tf.string, tf.variant, tf.resource)
+# Queues are found by their names, and a worker may still hold those of another
+# chief, which was killed.
+_PROCESS = uuid.uuid4().hex
 _names = itertools.count()
 
 
@@ -150,7 +154,7 @@ class _Lane:
         self._dtypes = dtypes or [tf.bool]
         self._empty = not dtypes
         self._capacity = link.capacity
-        self._name = f"fdg_{link.name}_{next(_names)}"
+        self._name = f"fdg_{link.name}_{_PROCESS}_{next(_names)}"
         self._handle = self._make()
 
     def _make(self) -> tf.Tensor:

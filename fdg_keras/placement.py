@@ -64,16 +64,23 @@ class Relocation:
     copies, of which the one at home is stale.
 
     Use it as a context manager; within, variables are away. Contexts nest.
+
+    Args:
+        may_be_lost: Whether a device can be lost. Then variables that live on
+            the device of their stage are moved, too, so that what is at home
+            stays as `save` has left it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, may_be_lost: bool = False) -> None:
         self._moves: dict[int, _Move] = {}
         self._depth = 0
+        self._may_be_lost = may_be_lost
 
     def move(self, variable: keras.Variable, device: str) -> None:
         """Gives a variable a place on `device`, unless it lives there."""
         home = _keras.get_storage(variable)
-        if id(variable) in self._moves or home.device == device:
+        lives_there = home.device == device and not self._may_be_lost
+        if id(variable) in self._moves or lives_there:
             return
         with tf.device(device):
             away = tf.Variable(
@@ -107,6 +114,27 @@ class Relocation:
         finally:
             self._enter(depth)
 
+    def save(self) -> None:
+        """Copies the values that are away home: of all variables, or none.
+
+        Raises:
+            tf.errors.OpError: If a device is lost.
+        """
+        values = []
+        for move in self._moves.values():
+            with tf.device(move.home.device):
+                values.append(tf.identity(move.away))
+        for move, value in zip(self._moves.values(), values):
+            move.home.assign(value)
+
+    def abandon(self) -> None:
+        """Brings variables home for good, with what `save` has left there."""
+        with uninterrupted():
+            for move in self._moves.values():
+                move.come_back(with_value=False)
+            self._moves.clear()
+            self._depth = 0
+
     @property
     def is_away(self) -> bool:
         """Whether variables are on the devices of their stages now."""
@@ -121,10 +149,13 @@ class Relocation:
 
     def _leave(self, depth: int = 1) -> None:
         with uninterrupted():
+            comes_home = depth > 0 and self._depth == depth
+            if comes_home and self._may_be_lost:
+                self.save()
             self._depth -= depth
-            if depth and not self._depth:
+            if comes_home:
                 for move in self._moves.values():
-                    move.come_back()
+                    move.come_back(with_value=not self._may_be_lost)
 
     def __enter__(self) -> "Relocation":
         self._enter()
@@ -147,9 +178,10 @@ class _Move:
             _keras.set_storage(self.variable, self.away)
             self.is_away = True
 
-    def come_back(self) -> None:
+    def come_back(self, with_value: bool = True) -> None:
         if self.is_away:
-            self.home.assign(self.away)
+            if with_value:
+                self.home.assign(self.away)
             _keras.set_storage(self.variable, self.home)
             self.is_away = False
 

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
+from fdg_keras.clocks import offset_of
+from fdg_keras.loops import Loop
 from fdg_keras.pipeline import Pipeline
 
 
@@ -40,7 +42,8 @@ class Pass(NamedTuple):
     Attributes:
         kind: `"F"`, or `"B"` for a backward with its update.
         batch: Of the epoch, from 0.
-        waits: When it began to wait, in seconds since 1970.
+        waits: When it began to wait, in seconds since 1970 by the clock of
+            this machine.
         starts: When it had its inputs, likewise.
         ends: When its results were there, likewise. All as the host sees it,
             which may be before a GPU has computed them.
@@ -112,13 +115,21 @@ def collect(
             learning_rate=loop.update.learning_rate(),
             capacity=pipeline.capacity,
             memory_bytes=_peak_memory(stage.device),
-            passes=tuple(
-                Pass(*times) for times in loop.probe.times(*loop.progress)
-            ),
+            passes=_passes(loop, stage.device),
             **loop.probe.means(),
         )
         for stage, loop, usage in zip(pipeline.stages, pipeline.loops, usages)
     ]
+
+
+def _passes(loop: Loop, device: str) -> tuple[Pass, ...]:
+    """Returns the latest passes of a stage, by this machine's clock."""
+    found = loop.probe.times(*loop.progress)
+    offset = offset_of(device) if found else 0.0
+    return tuple(
+        Pass(kind, batch, *(time - offset for time in times))
+        for kind, batch, *times in found
+    )
 
 
 def _peak_memory(device: str) -> int | None:

@@ -45,6 +45,7 @@ def test_public_names():
         "StagePlan",
         "Trainer",
         "WeightPrediction",
+        "connect_to_cluster",
         "fit",
         "plan",
     ]
@@ -98,6 +99,13 @@ def test_shrinking():
     }
 
 
+def test_connect_to_cluster():
+    assert defaults(fdg_keras.connect_to_cluster) == {
+        "cluster": None,
+        "timeout_s": 30.0,
+    }
+
+
 def test_plan():
     assert list(defaults(fdg_keras.Plan)) == [
         "stages",
@@ -147,7 +155,8 @@ def test_what_is_public_is_documented(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["Trainer", "fit", "plan", "GradientShrinking"]
+    "name",
+    ["Trainer", "connect_to_cluster", "fit", "plan", "GradientShrinking"],
 )
 def test_every_argument_is_documented(name):
     thing = getattr(fdg_keras, name)

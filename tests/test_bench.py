@@ -93,3 +93,13 @@ def test_planning_deep_networks(monkeypatch):
     assert 0 < entry["plan_s"] < 60
     assert 0 < entry["refused_s"] < 60
     assert "resnet20" in script._row_of_deep(entry)
+
+
+def test_a_case_of_the_cluster():
+    """On two devices of this process, which is what workers are compared to."""
+    script = importlib.import_module("bench_cluster")
+    case = script.measure("mlp", 3, 32, ["CPU:2", "CPU:3"], rounds=2)
+    assert case["one_process_ms"] > 0
+    assert case["workers_ms"] > 0
+    assert len(case["rounds_ms"]["workers"]) == 2
+    assert "mlp (3)" in script.row(case)

@@ -236,6 +236,51 @@ def test_home_for_a_moment(variable):
     assert device_of(variable) == FULL.format(0)
 
 
+def test_what_was_saved_is_left_when_a_device_is_lost(variable):
+    """Of all variables what was saved, whatever they are by then."""
+    other = keras.Variable([3.0, 3.0], trainable=False)
+    moved = Relocation(may_be_lost=True)
+    moved.move(variable, FULL.format(2))
+    moved.move(other, FULL.format(3))
+    moved.__enter__()
+    for one in (variable, other):
+        one.assign([7.0, 7.0])
+    moved.save()
+    for one in (variable, other):
+        one.assign([8.0, 8.0])
+    moved.abandon()
+    assert not moved.is_away
+    for one in (variable, other):
+        assert device_of(one) == FULL.format(0)
+        np.testing.assert_array_equal(one, [7.0, 7.0])
+
+
+def test_what_lives_on_its_device_is_saved_too(variable):
+    moved = Relocation(may_be_lost=True)
+    moved.move(variable, device_of(variable))
+    before = np.array(variable)
+    moved.__enter__()
+    variable.assign([8.0, 8.0])
+    moved.abandon()
+    np.testing.assert_array_equal(variable, before)
+    with moved:
+        variable.assign([9.0, 9.0])
+    np.testing.assert_array_equal(variable, [9.0, 9.0])
+
+
+def test_values_come_home_where_a_device_may_be_lost(variable):
+    moved = Relocation(may_be_lost=True)
+    moved.move(variable, FULL.format(2))
+    with moved, moved:
+        variable.assign([5.0, 6.0])
+        with moved.at_home():
+            np.testing.assert_array_equal(variable, [5.0, 6.0])
+            assert device_of(variable) == FULL.format(0)
+        assert device_of(variable) == FULL.format(2)
+        variable.assign([6.0, 7.0])
+    np.testing.assert_array_equal(variable, [6.0, 7.0])
+
+
 def test_an_alias_shares_the_place_of_another_variable(variable):
     other = keras.Variable([0.0, 0.0])
     relocation = Relocation()

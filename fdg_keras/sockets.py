@@ -1,0 +1,184 @@
+"""Sockets to other machines: who answers, who is cut off, who may connect.
+
+TensorFlow opens its sockets itself and has neither a deadline for a call nor a
+choice of interface. What is done about that here is done from outside, to the
+sockets of this process (Linux).
+"""
+
+import contextlib
+import ipaddress
+import os
+import pathlib
+import socket
+import struct
+from collections.abc import Collection, Iterator
+
+# What an HTTP/2 client says first, with an empty SETTINGS frame (RFC 9113,
+# section 3.4). A gRPC server answers with one, which is of type 4.
+_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, *[0] * 5])
+_FRAME_HEADER, _SETTINGS = 9, 4
+
+#: An IP address and a port.
+End = tuple[str, int]
+
+# Not in Python's `socket`: see socket(7).
+_SO_BINDTODEVICE = 25
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Returns host and port of `"host:port"`.
+
+    Raises:
+        ValueError: If it is not one.
+    """
+    host, _, port = str(address).rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ValueError(
+            "Expected addresses as 'host:port', for example "
+            f"'10.0.0.2:2222'. Received: {address!r}"
+        )
+    return host.strip("[]"), int(port)
+
+
+def is_loopback(address: str) -> bool:
+    """Whether nobody but this machine can mean this one by `address`.
+
+    Raises:
+        OSError: If the host's name is not known.
+    """
+    return all(
+        ipaddress.ip_address(ip).is_loopback for ip, _ in resolve(address)
+    )
+
+
+def resolve(address: str) -> list[End]:
+    """Returns where an address leads, in the order of preference.
+
+    Raises:
+        OSError: If the host's name is not known.
+    """
+    host, port = split_address(address)
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return [(str(end[4][0]), port) for end in found]
+
+
+def unanswered(end: End, seconds: float) -> OSError | None:
+    """Asks the gRPC server at `end` for a sign of life.
+
+    A process that is stopped does not give one, although the kernel accepts
+    connections for it.
+
+    Returns:
+        `None` if it answers in time, or why it does not.
+    """
+    try:
+        with socket.create_connection(end, seconds) as connection:
+            connection.sendall(_PREFACE)
+            answer = connection.recv(_FRAME_HEADER)
+    except OSError as error:
+        return error
+    if len(answer) < _FRAME_HEADER or answer[3] != _SETTINGS:
+        return ConnectionError("what listens there is no gRPC server")
+    return None
+
+
+def own_host(end: End, seconds: float) -> str:
+    """Returns the IP address by which `end` can reach this machine.
+
+    Raises:
+        OSError: If there is no way there.
+    """
+    with socket.create_connection(end, seconds) as connection:
+        return str(connection.getsockname()[0])
+
+
+def free_port() -> int:
+    """Returns a port that nobody listens on."""
+    with socket.socket() as found:
+        found.bind(("", 0))
+        return int(found.getsockname()[1])
+
+
+def is_free(port: int) -> bool:
+    """Whether a server could listen on `port`, on every interface."""
+    with socket.socket() as tried:
+        # As gRPC does: connections that have just ended do not count.
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            tried.bind(("", port))
+            tried.listen()
+        except OSError:
+            return False
+    return True
+
+
+def cut_off(ends: Collection[End]) -> None:
+    """Ends every connection of this process to these ends, now.
+
+    Whoever waits for an answer over one of them, or for the connection, is
+    told so by an error, as if the process at the other end had died.
+    """
+    inodes = _inodes(ends)
+    for one in _own_sockets():
+        if os.fstat(one.fileno()).st_ino in inodes:
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+
+
+def hold_to_loopback(port: int) -> bool:
+    """Lets nobody but this machine connect to what listens on `port` here.
+
+    For a server of this process that listens on every interface, as gRPC's
+    does. The kernel then refuses what comes in from elsewhere.
+
+    Returns:
+        Whether it worked; some kernels want a privilege for it.
+    """
+    held = False
+    for one in _own_sockets():
+        with contextlib.suppress(OSError):
+            listens = one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+            if listens and one.getsockname()[1] == port:
+                one.setsockopt(socket.SOL_SOCKET, _SO_BINDTODEVICE, b"lo\0")
+                held = True
+    return held
+
+
+def _inodes(ends: Collection[End]) -> set[int]:
+    """Returns the inodes of sockets that are, or are to be, connected so.
+
+    Of a connection that is being made only the kernel's table tells the end.
+    """
+    found = set()
+    for table in ("/proc/self/net/tcp", "/proc/self/net/tcp6"):
+        with contextlib.suppress(OSError):
+            for line in pathlib.Path(table).read_text().splitlines()[1:]:
+                fields = line.split()
+                if _decode(fields[2]) in ends:
+                    found.add(int(fields[9]))
+    return found
+
+
+def _decode(end: str) -> End:
+    """Returns an end as the kernel's table writes it: see proc(5)."""
+    host, _, port = end.partition(":")
+    # Each 32 bits are in the machine's own order of bytes.
+    words = struct.unpack(f"!{len(host) // 8}I", bytes.fromhex(host))
+    ip = ipaddress.ip_address(struct.pack(f"={len(words)}I", *words))
+    mapped = ip.ipv4_mapped if ip.version == 6 else None
+    return str(mapped or ip), int(port, 16)
+
+
+def _own_sockets() -> Iterator[socket.socket]:
+    """Yields the sockets of this process, whoever opened them."""
+    for name in os.listdir("/proc/self/fd"):
+        # It may be something else, or be closed meanwhile.
+        with contextlib.suppress(OSError):
+            duplicate = os.dup(int(name))
+            try:
+                found = socket.socket(fileno=duplicate)
+            except OSError:
+                os.close(duplicate)
+                continue
+            with found:
+                yield found

@@ -1,0 +1,189 @@
+"""A chief, run by the tests of clusters as a process of its own.
+
+    python cluster_chief.py JOB ADDRESSES [SETTINGS AS JSON]
+
+It prints one JSON object for each thing it has to say.
+"""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import keras
+import numpy as np
+
+import fdg_keras
+
+BATCHES, BATCH, EPOCHS = 6, 8, 4
+X = np.random.RandomState(0).rand(BATCHES * BATCH - 3, 6).astype("float32")
+Y = np.random.RandomState(1).randint(0, 3, len(X))
+
+
+def make_model(dropout=0.0):
+    keras.utils.set_random_seed(4)
+    layers = [keras.layers.Dense(8, "tanh") for _ in range(4)]
+    model = keras.Sequential(
+        [
+            keras.Input((6,)),
+            layers[0],
+            keras.layers.BatchNormalization(),
+            layers[1],
+            keras.layers.Dropout(dropout),
+            *layers[2:],
+            keras.layers.Dense(3),
+        ]
+    )
+    model.compile(
+        keras.optimizers.Adam(0.01),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+    )
+    return model
+
+
+def fit(model, devices, callbacks=(), **arguments):
+    return fdg_keras.fit(
+        model,
+        X,
+        Y,
+        splits=len(devices),
+        devices=devices,
+        batch_size=BATCH,
+        callbacks=list(callbacks),
+        **{"verbose": 0, "shuffle": False, "epochs": EPOCHS, **arguments},
+    )
+
+
+def values(model):
+    """The weights and slots of a model, in an order."""
+    variables = [*model.weights, *model.optimizer.variables]
+    return [np.asarray(variable) for variable in variables]
+
+
+def say(**what):
+    print(json.dumps(what), flush=True)
+
+
+class Fault(keras.callbacks.Callback):
+    """Runs a shell command after a batch.
+
+    Args:
+        command: In which `$CHIEF` is this process.
+        epoch: When.
+        batch: When.
+    """
+
+    drain_every = None
+
+    def __init__(self, command, epoch, batch):
+        super().__init__()
+        self._command, self._at = command, (epoch, batch)
+        self.time = None
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._epoch = epoch
+
+    def on_train_batch_end(self, batch, logs=None):
+        if (self._epoch, batch) == self._at:
+            self.time = time.monotonic()
+            environment = {**os.environ, "CHIEF": str(os.getpid())}
+            subprocess.run(self._command, shell=True, env=environment)
+
+
+# -- What a chief may have to do -----------------------------------------------
+
+
+def train(devices, settings):
+    """Trains, with a fault perhaps; tells how that ends."""
+    model = make_model()
+    callbacks = []
+    if "backup" in settings:
+        callbacks.append(keras.callbacks.BackupAndRestore(settings["backup"]))
+    fault = None
+    if "fault" in settings:
+        fault = Fault(*settings["fault"])
+        callbacks.append(fault)
+    told = {"error": None, "epochs": None}
+    try:
+        told["epochs"] = fit(model, devices, callbacks).epoch
+    except BaseException as error:
+        told["error"] = type(error).__name__
+        told["message"] = str(error)
+        told["notes"] = getattr(error, "__notes__", [])
+    if fault is not None and fault.time is not None:
+        told["seconds"] = time.monotonic() - fault.time
+    told["threads"] = [thread.name for thread in threading.enumerate()]
+    say(**told)
+    np.savez(settings["into"], *values(model))
+
+
+def compare(devices, settings):
+    """Does all that is done with a model, here and over the cluster."""
+    folder = pathlib.Path(settings["folder"])
+    for count in range(2, len(devices) + 1):
+        models = [make_model(dropout=0.2) for _ in range(2)]
+        places = [devices[:count], ["CPU:0"] * count]
+        histories = [
+            fit(model, place, epochs=2).history
+            for model, place in zip(models, places)
+        ]
+        here, there = (values(model) for model in models)
+        say(
+            stages=count,
+            histories=histories[0] == histories[1],
+            weights=all((a == b).all() for a, b in zip(here, there)),
+        )
+    remote, local = (
+        fdg_keras.Trainer(make_model(), 3, place)
+        for place in (devices[:3], ["CPU:0"] * 3)
+    )
+    monitor = fdg_keras.callbacks.PipelineMonitor(folder / "logs")
+    saving = keras.callbacks.ModelCheckpoint(str(folder / "at.keras"))
+    for trainer, callbacks in ((remote, [monitor, saving]), (local, [])):
+        trainer.fit(
+            *(X, Y, BATCH, 2),
+            verbose=0,
+            shuffle=False,
+            validation_data=(X, Y),
+            callbacks=callbacks,
+        )
+    loaded = keras.models.load_model(folder / "at.keras")
+    run = json.loads((folder / "logs" / "pipeline.json").read_text())
+    say(
+        evaluate=[t.evaluate(X, Y, BATCH, verbose=0) for t in (remote, local)],
+        predict=bool(
+            (
+                remote.predict(X, BATCH, verbose=0)
+                == local.predict(X, BATCH, verbose=0)
+            ).all()
+        ),
+        checkpoint=all(
+            (a == b).all() for a, b in zip(values(loaded), values(local.model))
+        ),
+        passes=[len(passes) for passes in run["passes"]],
+        home=sorted({w.value.device for w in remote.model.weights}),
+    )
+
+
+def main():
+    job, addresses = sys.argv[1:3]
+    settings = json.loads(sys.argv[3]) if len(sys.argv) > 3 else {}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        devices = fdg_keras.connect_to_cluster(
+            {"worker": addresses.split(",")}, settings.get("timeout_s", 30)
+        )
+    except Exception as error:
+        say(error=type(error).__name__, message=str(error))
+        return
+    say(devices=devices)
+    {"train": train, "compare": compare}[job](devices, settings)
+
+
+if __name__ == "__main__":
+    main()

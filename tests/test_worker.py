@@ -1,0 +1,93 @@
+"""`python -m fdg_keras.worker`: what it refuses, before it serves."""
+
+import socket
+import subprocess
+import sys
+
+import pytest
+from worker_processes import ENVIRONMENT
+
+from fdg_keras import worker
+
+TWO = "127.0.0.1:2222,127.0.0.1:2223"
+
+
+def refusal(monkeypatch, *arguments, config=None):
+    """What it says when it is started so."""
+    monkeypatch.delenv("TF_CONFIG", raising=False)
+    if config is not None:
+        monkeypatch.setenv("TF_CONFIG", config)
+    with pytest.raises(SystemExit, match=r"Received: ") as caught:
+        worker.main(arguments)
+    return str(caught.value)
+
+
+def test_no_cluster(monkeypatch):
+    assert "TF_CONFIG to be a JSON object" in refusal(monkeypatch)
+
+
+@pytest.mark.parametrize("config", ["{", "[]", "worker"])
+def test_no_json(monkeypatch, config):
+    said = refusal(monkeypatch, config=config)
+    assert "TF_CONFIG to be a JSON object" in said
+    assert config in said
+
+
+@pytest.mark.parametrize(
+    "config", ["{}", '{"cluster": {"ps": ["a:1"]}}', '{"cluster": 3}']
+)
+def test_no_workers(monkeypatch, config):
+    said = refusal(monkeypatch, config=config)
+    assert "Expected a cluster with a job 'worker'" in said
+
+
+def test_no_address(monkeypatch):
+    assert "'host:port'" in refusal(monkeypatch, "--cluster", "one", "--task=0")
+
+
+@pytest.mark.parametrize("task", [[], ["--task=2"], ["--task=-1"]])
+def test_no_task(monkeypatch, task):
+    said = refusal(monkeypatch, "--cluster", TWO, *task)
+    assert "Expected the task of this worker, 0 to 1" in said
+
+
+def test_a_chief(monkeypatch):
+    config = (
+        '{"cluster": {"worker": ["127.0.0.1:2222"], "chief": ["a:1"]},'
+        ' "task": {"type": "chief", "index": 0}}'
+    )
+    said = refusal(monkeypatch, config=config)
+    assert "A chief is no worker" in said
+
+
+def test_another_machine_can_reach_it(monkeypatch):
+    """Unless it is told that this is meant so."""
+    said = refusal(monkeypatch, "--cluster=10.0.0.2:2222", "--task=0")
+    assert "no authentication" in said
+    assert "--allow_network" in said
+
+
+def test_an_unknown_host():
+    with pytest.raises(SystemExit, match=r"^fdg_keras\.worker: "):
+        worker.main(["--cluster", "no-such-host.invalid:2222", "--task", "0"])
+
+
+def test_a_port_that_is_taken(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        said = refusal(monkeypatch, f"--cluster=127.0.0.1:{port}", "--task=0")
+    assert f"port {port} is taken" in said
+
+
+@pytest.mark.slow
+def test_help_says_that_there_is_no_authentication():
+    done = subprocess.run(
+        [sys.executable, "-m", "fdg_keras.worker", "--help"],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0
+    assert "neither authentication nor encryption" in done.stdout
+    assert "private network" in done.stdout
