@@ -173,7 +173,8 @@ def test_a_worker_is_frozen(workers, tmp_path, after):
         workers, tmp_path, fault=(f"kill -STOP {process}", 1, 2)
     )
     assert_lost(told, 1, 1, "no sign of life for . s")
-    assert told["seconds"] < TIMEOUT_S + 2
+    # TensorFlow may try for another 20 seconds to reach it.
+    assert told["seconds"] < 30
     assert_same(found, after(1))
 
 
