@@ -122,21 +122,10 @@ def plan(
         raise ValueError(room.refusal())
 
     # ---- What they come to ----------------------------------------------
-    slices = cut_graph(graph, cuts)
-    bare = make_plan(graph, slices, names)
+    stages = _stages(graph, ledger, cuts, names)
     edges = list(
         itertools.pairwise([0, *(p + 1 for p in cuts), len(graph.nodes)])
     )
-    sizes = [ledger.sized(a, b) for a, b in edges]
-    if stash == "selective":
-        kept = traced_stashes(graph, slices, names[0], batch_size, stash)
-        sizes = [_selective(*each) for each in zip(sizes, kept)]
-    stages = [
-        _sized(stage, size, ledger.sent[b - 1], stage_delay(k, splits, delay))
-        for k, (stage, size, (_, b)) in enumerate(
-            zip(bare.stages, sizes, edges)
-        )
-    ]
     uncounted = [k for k, edge in enumerate(edges) if ledger.unsized(*edge)]
     notes = assumptions(graph, uncounted)
     if memory_limit is not None:
@@ -249,6 +238,32 @@ def _share_memory(a: str, b: str) -> bool:
 def _task(device: str) -> tuple:
     spec = tf.DeviceSpec.from_string(device)
     return spec.job, spec.replica, spec.task
+
+
+def _stages(
+    graph: Graph, ledger: Ledger, cuts: Sequence[int], names: Sequence[str]
+) -> list[StagePlan]:
+    """Returns the stages with their bytes."""
+    slices = cut_graph(graph, cuts)
+    starts = [0, *(p + 1 for p in cuts), len(graph.nodes)]
+    sizes = [ledger.sized(a, b) for a, b in itertools.pairwise(starts)]
+    if ledger.stash == "selective":
+        kept = traced_stashes(
+            graph, slices, names[0], ledger.batch_size, ledger.stash
+        )
+        sizes = [_selective(*each) for each in zip(sizes, kept)]
+    bare = make_plan(graph, slices, names)
+    return [
+        _sized(
+            stage,
+            size,
+            ledger.sent[end - 1],
+            stage_delay(k, len(names), ledger.delay),
+        )
+        for k, (stage, size, end) in enumerate(
+            zip(bare.stages, sizes, starts[1:])
+        )
+    ]
 
 
 def _selective(exact: StageBytes, kept: StashBytes) -> StageBytes:
