@@ -18,7 +18,8 @@ import keras
 import tensorflow as tf
 
 from fdg_keras import sockets
-from fdg_keras.watch import ANSWER_S, CHIEF, JOB, Task, Vigil, Watch, connection
+from fdg_keras.vigil import ANSWER_S, CHIEF, JOB, Task, Vigil, connection
+from fdg_keras.watch import Watch
 
 # A worker keeps its versions in a file without a name, which the chief reads
 # where a file of that worker's process can be found by its number.

@@ -167,6 +167,11 @@ class Deployment:
         that they belong together.
         """
         loss = self.watch.find_loss()
+        if loss is not None:
+            loss.add_note(
+                "The model holds the weights and slots of the end of the last "
+                "epoch, or of the begin of `fit` if none has ended."
+            )
         self._relocation.abandon()
         built = self._built.get("train")
         if built and built.optimizers and self._saved_steps is not None:
@@ -175,11 +180,6 @@ class Deployment:
         self._built.clear()
         self._left.clear()
         gc.collect()
-        if loss is not None:
-            loss.add_note(
-                "The model holds the weights and slots of the end of the last "
-                "epoch, or of the begin of `fit` if none has ended."
-            )
         return loss
 
     def _settle(self) -> None:

@@ -25,6 +25,7 @@ LADDER = [
     "plans",
     "planning",
     "placement",
+    "vigil",
     "watch",
     "cluster",
     "clocks",
