@@ -18,7 +18,8 @@ import keras
 import tensorflow as tf
 
 from fdg_keras import sockets
-from fdg_keras.watch import ANSWER_S, JOB, Task, Vigil, Watch, connection
+from fdg_keras.vigil import ANSWER_S, CHIEF, JOB, Task, Vigil, connection
+from fdg_keras.watch import Watch
 
 # A worker keeps its versions in a file without a name, which the chief reads
 # where a file of that worker's process can be found by its number.
@@ -231,32 +232,34 @@ def _wait_for_all(addresses: Sequence[str], timeout_s: float) -> list[Task]:
 def _connect(tasks: list[Task], timeout_s: float) -> None:
     """Joins the cluster, and checks that its workers do as they should."""
     os.environ[_STREAMING] = "False"
+    own = "this machine"
     try:
-        own = sockets.own_host(tasks[0].end, timeout_s)
+        host = sockets.own_host(tasks[0].end, timeout_s)
         port = sockets.free_port()
+        own = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         # Workers fetch from the chief what it feeds. TensorFlow itself would
         # tell them that it is at "localhost".
-        spec = {JOB: [task.address for task in tasks]}
-        spec["localhost"] = [
-            f"[{own}]:{port}" if ":" in own else f"{own}:{port}"
-        ]
+        spec = {JOB: [task.address for task in tasks], "localhost": [own]}
         with Vigil(tasks, [], timeout_s):
             tf.config.experimental_connect_to_cluster(
-                tf.train.ClusterSpec(spec),
-                job_name="localhost",
-                protocol="grpc",
+                tf.train.ClusterSpec(spec), "localhost", protocol="grpc"
             )
-            if all(sockets.is_loopback(task.address) for task in tasks):
-                sockets.hold_to_loopback(port)
+        if all(sockets.is_loopback(task.address) for task in tasks):
+            sockets.hold_to_loopback(port)
+        pairs = [(CHIEF, task.host) for task in tasks]
+        with Vigil(tasks, pairs, timeout_s, at_once=True) as vigil:
             for task in tasks:
                 _check_versions(task)
+            vigil.wait_for_pairs()
     except (tf.errors.OpError, OSError) as error:
-        text = getattr(error, "message", str(error))
+        reasons = [f"{task}: {why}" for task, why in connection.lost.items()]
+        text = getattr(error, "message", str(error)).splitlines()[0]
         raise ConnectionError(
-            "TensorFlow could not join the cluster. Expected each of "
-            f"{', '.join(map(str, tasks))} to answer within {timeout_s:g} s. "
-            "Restart the workers, and then this process. Received: "
-            f"{text.splitlines()[0]}"
+            "TensorFlow could not join the cluster. Expected every worker to "
+            f"answer within {timeout_s:g} s, and to be able to connect to the "
+            f"chief at {own}. Check that no firewall is between, restart the "
+            "workers, and then this process. Received: "
+            f"{'; '.join(reasons) or text}"
         ) from error
 
 

@@ -74,6 +74,7 @@ class Deployment:
 
     Attributes:
         model: The model.
+        watch: Looks after workers that stages are on.
         statistics: Of each stage in the last epoch of training; empty before,
             and if the stages were emulated.
     """
@@ -93,8 +94,8 @@ class Deployment:
         self._devices = devices
         self._settings = settings
         self._emulate = emulate
-        self._watch = Watch(devices)
-        self._relocation = Relocation(may_be_lost=self._watch.is_needed)
+        self.watch = Watch(devices)
+        self._relocation = Relocation(may_be_lost=self.watch.is_needed)
         self._saved_steps: int | None = None
         self._built: dict[Mode, Built] = {}
         self._left: list[Pipeline | Emulation] = []
@@ -118,7 +119,7 @@ class Deployment:
         model = self.model
         if not self._relocation.is_away:
             check_idle(model)  # Others may have its variables.
-            self._watch.__enter__()
+            self.watch.__enter__()
             self._saved_steps = None
             # What the model compiled, it compiled for its variables at home;
             # and XLA refuses variables that are spread over devices.
@@ -126,20 +127,20 @@ class Deployment:
             self._functions = {n: getattr(model, n) for n in _FUNCTIONS}
             self._set_functions(dict.fromkeys(_FUNCTIONS), False)
             vars(model)["make_train_function"] = _refuse_to_train
-        self._relocation.__enter__()
+        try:
+            self._relocation.__enter__()
+        except tf.errors.OpError as error:
+            # A worker was lost while the model was at home.
+            loss = self._abandon()
+            self._settle()
+            raise (loss or error) from error
 
-    def __exit__(
-        self,
-        kind: Any = None,
-        error: BaseException | None = None,
-        traceback: Any = None,
-    ) -> None:
+    def __exit__(self, *details: Any) -> None:
+        error = details[1] if details else None
         with uninterrupted():
             loss = self._leave(error)
             if not self._relocation.is_away:
-                self._watch.__exit__()
-                self._set_functions(self._functions, self._jit_compile)
-                vars(self.model).pop("make_train_function", None)
+                self._settle()
         if loss is None:
             return
         if error is None or isinstance(error, tf.errors.OpError):
@@ -147,21 +148,32 @@ class Deployment:
         error.add_note(str(loss))
 
     def _leave(self, error: BaseException | None) -> ConnectionError | None:
-        """Brings variables home; returns what is to be said of lost workers.
+        """Brings variables home; returns what is to be said of lost workers."""
+        fails = self.watch.is_needed and error is not None
+        if fails and self.watch.find_loss() is not None:
+            return self._abandon()
+        try:
+            self._relocation.__exit__()
+        except tf.errors.OpError:
+            loss = self._abandon()
+            if loss is None:
+                self._settle()
+                raise
+            return loss
+        return None
 
-        With a worker lost, those of all stages get the values they had at the
-        end of the last epoch, so that they belong together.
+    def _abandon(self) -> ConnectionError | None:
+        """Gives up what is on the workers, with one of them lost.
+
+        All variables get the values they had at the end of the last epoch, so
+        that they belong together.
         """
-        fails = self._watch.is_needed and error is not None
-        loss = self._watch.find_loss() if fails else None
-        if loss is None:
-            try:
-                self._relocation.__exit__()
-                return None
-            except tf.errors.OpError:
-                loss = self._watch.find_loss()
-                if loss is None:
-                    raise
+        loss = self.watch.find_loss()
+        if loss is not None:
+            loss.add_note(
+                "The model holds the weights and slots of the end of the last "
+                "epoch, or of the begin of `fit` if none has ended."
+            )
         self._relocation.abandon()
         built = self._built.get("train")
         if built and built.optimizers and self._saved_steps is not None:
@@ -170,11 +182,13 @@ class Deployment:
         self._built.clear()
         self._left.clear()
         gc.collect()
-        loss.add_note(
-            "The model holds the weights and slots of the end of the last "
-            "epoch, or of the begin of `fit` if none has ended."
-        )
         return loss
+
+    def _settle(self) -> None:
+        """Undoes what else was done for variables to be away."""
+        self.watch.__exit__()
+        self._set_functions(self._functions, self._jit_compile)
+        vars(self.model).pop("make_train_function", None)
 
     def _set_functions(self, functions: dict, jit_compile: bool) -> None:
         for name, function in functions.items():
@@ -229,21 +243,17 @@ class Deployment:
                 self.statistics = run(
                     epoch, rate, begin, counted_end, until_pause
                 )
-            except tf.errors.OpError:
-                # It is not to be hidden by another one of a device that is
-                # gone.
+            except BaseException:
+                # It is not to be hidden by another one of a lost worker.
                 with contextlib.suppress(tf.errors.OpError):
                     optimizers.push()
-                raise
-            except BaseException:
-                optimizers.push()
                 raise
             optimizers.push()
             self._save(optimizers)
 
     def _save(self, optimizers: StageOptimizers) -> None:
         """Keeps what is left if a worker is lost, in case there are any."""
-        if self._watch.is_needed:
+        if self.watch.is_needed:
             self._relocation.save()
             self._saved_steps = optimizers.steps
 

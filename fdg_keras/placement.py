@@ -218,7 +218,8 @@ def _full_name(device: str, known: Sequence[str]) -> str:
             f"Received: {device!r}. Leave `devices` out to take what there "
             "is; logical devices can be made with "
             "`tf.config.set_logical_device_configuration` before TensorFlow "
-            "starts."
+            "starts, and those of other machines are there after "
+            "`fdg_keras.connect_to_cluster`."
         )
     return matches[0]
 

@@ -9,9 +9,11 @@ import contextlib
 import ipaddress
 import os
 import pathlib
+import resource
 import socket
 import struct
 from collections.abc import Collection, Iterator
+from typing import Any
 
 # What an HTTP/2 client says first, with an empty SETTINGS frame (RFC 9113,
 # section 3.4). A gRPC server answers with one, which is of type 4.
@@ -125,6 +127,25 @@ def cut_off(ends: Collection[End]) -> None:
                 one.shutdown(socket.SHUT_RDWR)
 
 
+def cut_off_for_good(ends: Collection[End]) -> None:
+    """Ends every connection to these ends, and lets no file be opened again.
+
+    For the very end of a process, which then cannot connect anew.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = [int(name) for name in os.listdir("/proc/self/fd")]
+    cut_off(ends)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, most))
+    # One that was opened between is found without opening anything.
+    for number in range(max(used) + 8):
+        with contextlib.suppress(OSError):
+            one = socket.socket(fileno=number)
+            with contextlib.suppress(OSError):
+                if _plain(one.getpeername()) in ends:
+                    one.shutdown(socket.SHUT_RDWR)
+            one.detach()
+
+
 def hold_to_loopback(port: int) -> bool:
     """Lets nobody but this machine connect to what listens on `port` here.
 
@@ -167,6 +188,11 @@ def _decode(end: str) -> End:
     ip = ipaddress.ip_address(struct.pack(f"={len(words)}I", *words))
     mapped = ip.ipv4_mapped if ip.version == 6 else None
     return str(mapped or ip), int(port, 16)
+
+
+def _plain(peer: Any) -> End:
+    host, port = peer[:2]
+    return host.removeprefix("::ffff:"), port
 
 
 def _own_sockets() -> Iterator[socket.socket]:

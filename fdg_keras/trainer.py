@@ -1,7 +1,8 @@
 """`Trainer`: a Keras model, sliced, with Keras' contract of `fit`."""
 
-from collections.abc import Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 import keras
 
@@ -28,6 +29,20 @@ from fdg_keras.validation import (
     warn_if_gradients_are_apart,
     warn_if_shrinking_is_futile,
 )
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _watched(method: _Method) -> _Method:
+    """Has workers looked after from the begin of a method to its end."""
+
+    @functools.wraps(method)
+    def watched(self: "Trainer", *args: Any, **kwargs: Any) -> Any:
+        # Even the data compile functions, which every worker is told of.
+        with self._deployment.watch:
+            return method(self, *args, **kwargs)
+
+    return cast(_Method, watched)
 
 
 class Trainer:
@@ -130,6 +145,7 @@ class Trainer:
             model, graph, slices, names, self._settings, emulate
         )
 
+    @_watched
     def fit(
         self,
         x: Any = None,
@@ -277,6 +293,7 @@ class Trainer:
         """
         return self._deployment.statistics
 
+    @_watched
     def evaluate(
         self,
         x: Any = None,
@@ -311,6 +328,7 @@ class Trainer:
             return logs
         return _keras.in_order_of_metrics(self.model, logs)
 
+    @_watched
     def predict(
         self,
         x: Any,

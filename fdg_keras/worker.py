@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import tensorflow as tf
 
 from fdg_keras import cluster, sockets
-from fdg_keras.watch import JOB
+from fdg_keras.vigil import JOB
 
 _DESCRIPTION = """\
 Serves the devices of this machine to fdg_keras.fit in another process, the

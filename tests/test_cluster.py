@@ -49,6 +49,7 @@ def run_chief(job, addresses, timeout=90, **settings):
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
+        errors="replace",  # gRPC's messages may have anything in them.
         timeout=timeout,
     )
     said = [json.loads(line) for line in done.stdout.splitlines()]
@@ -157,7 +158,7 @@ def test_a_worker_is_killed_and_training_resumed(
         fault=(f"kill -KILL {process}", 2, 1),
     )
     assert_lost(told, task, task, "Connection refused")
-    assert told["seconds"] < 5
+    assert told["seconds"] < 10
     # What belongs together: not what the stages happened to have.
     assert "end of the last epoch" in told["notes"][0]
     assert_same(found, after(2))
@@ -173,8 +174,7 @@ def test_a_worker_is_frozen(workers, tmp_path, after):
         workers, tmp_path, fault=(f"kill -STOP {process}", 1, 2)
     )
     assert_lost(told, 1, 1, "no sign of life for . s")
-    # TensorFlow may try for another 20 seconds to reach it.
-    assert told["seconds"] < 30
+    assert told["seconds"] < TIMEOUT_S + 5
     assert_same(found, after(1))
 
 
@@ -187,6 +187,30 @@ def test_a_worker_is_told_to_end(workers, tmp_path, after):
     assert process.wait(20) == 0
     assert_lost(told, 0, 0, "Connection refused")
     assert_same(found, after(0))
+
+
+@pytest.mark.parametrize("number", ["STOP", "KILL"])
+def test_a_worker_is_lost_while_the_model_is_at_home(
+    workers, tmp_path, after, number
+):
+    """It is a `ConnectionError`, and the model can be saved."""
+    into = str(tmp_path / "model.keras")
+    code, said, err = run_chief(
+        "between",
+        workers.addresses,
+        timeout_s=TIMEOUT_S,
+        into=into,
+        command=f"kill -{number} {workers.processes[1].pid}",
+    )
+    assert code == 0, err
+    errors = said[-1]["errors"]
+    assert [name for name, _ in errors] == ["ConnectionError"] * 4
+    assert all("task 1 of job 'worker'" in message for _, message in errors)
+    # What is known of it is not waited for again.
+    assert said[-1]["seconds"] < TIMEOUT_S + 6
+    assert said[-1]["threads"] == ["MainThread"]
+    saved = cluster_chief.keras.models.load_model(into)
+    assert_same(cluster_chief.values(saved), after(1))
 
 
 def test_a_chief_is_killed_and_another_one_trains(workers, tmp_path, after):
@@ -263,7 +287,7 @@ NETWORK = pathlib.Path(__file__).with_name("cluster_network.sh")
     ("fault", "why"),
     [
         ("chief", r"task 1 .* no sign of life for . s"),
-        ("workers", r"task 0 .* it and task 1 are cut off"),
+        ("workers", r"task 0 .*task 1 gets nothing from task 0"),
     ],
 )
 def test_the_network_is_cut(tmp_path, after, fault, why):
@@ -283,12 +307,13 @@ def test_the_network_is_cut(tmp_path, after, fault, why):
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
+        errors="replace",
         timeout=120,
     )
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["error"] == "ConnectionError", done.stderr
     assert re.search(why, told["message"])
-    assert told["seconds"] < TIMEOUT_S + 4
+    assert told["seconds"] < TIMEOUT_S + 6
     assert told["threads"] == ["MainThread"]
     with np.load(into) as found:
         assert_same([found[name] for name in found.files], after(1))

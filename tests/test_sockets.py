@@ -10,6 +10,7 @@ import threading
 import time
 
 import pytest
+from worker_processes import ENVIRONMENT
 
 from fdg_keras import sockets
 
@@ -135,6 +136,32 @@ def test_a_connection_that_is_being_made_is_cut_off():
         assert select.select([], [waits], [], 10)[1]
 
 
+FOR_GOOD = """
+import socket, sys
+from fdg_keras import sockets
+end = ("127.0.0.1", int(sys.argv[1]))
+before = socket.create_connection(end)
+sockets.cut_off_for_good([end])
+print(before.recv(1))
+try:
+    socket.create_connection(end)
+except OSError as error:
+    print(error.strerror)
+"""
+
+
+def test_cut_off_for_good():
+    with listening() as ((_, port), _):
+        done = subprocess.run(
+            [sys.executable, "-c", FOR_GOOD, str(port)],
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    assert done.stdout == "b''\nToo many open files\n", done.stderr
+
+
 IN_A_NETWORK = """
 ip link set lo up
 unshare -n sleep 60 & other=$!
@@ -173,6 +200,7 @@ def test_only_this_machine_may_connect():
             *("unshare", "-Urn", "--fork", "--kill-child"),
             *("bash", "-c", IN_A_NETWORK, sys.executable, HOLD),
         ],
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=60,

@@ -1,0 +1,218 @@
+"""Signs of life: who is in the cluster, and noticing who is lost.
+
+TensorFlow notices at once that a worker's process has ended, but waits for ever
+for one that is stopped or cut off. So a `Vigil` asks for signs of life, over
+connections of its own. It cuts off from the chief who gives none, and whoever
+waits for it fails at once.
+"""
+
+import atexit
+import contextlib
+import functools
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import tensorflow as tf
+
+from fdg_keras import sockets
+
+#: The job that workers belong to.
+JOB = "worker"
+
+#: The CPU of this process.
+CHIEF = "/job:localhost/replica:0/task:0/device:CPU:0"
+
+#: So many seconds one sign of life is waited for.
+ANSWER_S = 5.0
+#: Who is lost is cut off so often: TensorFlow connects anew.
+CUT_S = 0.05
+# Signs of life are asked for so often, or ten times within the time limit.
+_INTERVAL_S = 2.0
+
+
+@dataclass(frozen=True)
+class Task:
+    """A worker.
+
+    Attributes:
+        index: Its number in the job.
+        address: As the cluster gives it.
+        end: Where that leads.
+    """
+
+    index: int
+    address: str
+    end: sockets.End
+
+    @property
+    def prefix(self) -> str:
+        """What the names of its devices begin with."""
+        return f"/job:{JOB}/replica:0/task:{self.index}/"
+
+    @property
+    def host(self) -> str:
+        """Its first CPU."""
+        return f"{self.prefix}device:CPU:0"
+
+    def __str__(self) -> str:
+        return f"task {self.index} of job '{JOB}' ({self.address})"
+
+
+class Connection:
+    """What this process is connected to, if anything.
+
+    Attributes:
+        tasks: The workers.
+        timeout_s: Seconds within which they must give a sign of life.
+        lost: Those that did not, or are known to have ended, and why.
+    """
+
+    def __init__(self) -> None:
+        self.tasks: list[Task] = []
+        self.timeout_s = 30.0
+        self.lost: dict[Task, str] = {}
+
+
+#: The one that TensorFlow allows for in a process.
+connection = Connection()
+
+
+@atexit.register
+def _let_go() -> None:
+    """Keeps the end of the process from waiting for lost workers.
+
+    TensorFlow tells them of every function that ends, one after the other,
+    with Python's lock held.
+    """
+    if connection.lost:
+        sockets.cut_off_for_good([task.end for task in connection.lost])
+
+
+class Vigil:
+    """Has workers give signs of life, in threads of its own.
+
+    Args:
+        tasks: Who is asked by the chief.
+        pairs: Between which CPUs, of workers or the chief, batches are sent;
+            these must reach each other, too.
+        timeout_s: After how many seconds without a sign they are lost.
+        at_once: Whether pairs begin to send at once.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        pairs: Iterable[tuple[str, str]],
+        timeout_s: float,
+        at_once: bool = False,
+    ):
+        self._timeout_s = timeout_s
+        self._at_once = at_once
+        self._interval_s = min(_INTERVAL_S, timeout_s / 10)
+        self._ended = threading.Event()
+        # Since when one waits for what another sends.
+        self._waits: dict[tuple[str, str], float] = {}
+        self._sent: set[tuple[str, str]] = set()
+        self._tasks, self._pairs = tasks, set(pairs)
+        jobs = [functools.partial(self._ask, task) for task in tasks]
+        # Compiled here, while it is known that all answer.
+        jobs += [
+            functools.partial(self._send, pair, _sending(*pair))
+            for pair in self._pairs
+        ]
+        self._threads = [
+            threading.Thread(target=job, name=f"fdg-watch-{i}", daemon=True)
+            for i, job in enumerate(jobs)
+        ]
+
+    def __enter__(self) -> "Vigil":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        for thread in self._threads:
+            thread.join()
+
+    def wait_for_pairs(self) -> None:
+        """Waits until each pair has sent once.
+
+        Raises:
+            ConnectionError: If one cannot.
+        """
+        while not self._pairs <= self._sent:
+            time.sleep(0.01)
+            for task in self._tasks:
+                if task in connection.lost:
+                    raise ConnectionError(connection.lost[task])
+
+    def _ask(self, task: Task) -> None:
+        """Asks a worker until it is lost, and then cuts it off."""
+        answered = time.monotonic()
+        while not self._ended.wait(self._interval_s):
+            left = answered + self._timeout_s - time.monotonic()
+            patience = max(left, self._interval_s)
+            reason = sockets.unanswered(
+                task.end, min(ANSWER_S, self._timeout_s / 2, patience)
+            )
+            now = time.monotonic()
+            if reason is None:
+                answered = now
+            elif isinstance(reason, ConnectionRefusedError):
+                connection.lost[task] = str(reason)
+            elif now + self._interval_s - answered > self._timeout_s:
+                silence = f"no sign of life for {now - answered:.0f} s"
+                connection.lost[task] = f"{silence} ({reason})"
+            self._look_at_pairs(now)
+            if task in connection.lost:
+                break
+        while not self._ended.wait(CUT_S):
+            sockets.cut_off([task.end])
+
+    def _look_at_pairs(self, now: float) -> None:
+        for pair, since in list(self._waits.items()):
+            # One that is stopped has been found before, and is named alone.
+            if now - since <= self._timeout_s:
+                continue
+            for task in self._tasks:
+                if task.host in pair:
+                    sender, receiver = map(_name_of, pair)
+                    connection.lost.setdefault(
+                        task, f"{receiver} gets nothing from {sender}"
+                    )
+
+    def _send(self, pair: tuple[str, str], send: Callable[[], Any]) -> None:
+        """Sends a number from one CPU to another, again and again."""
+        with contextlib.suppress(tf.errors.OpError):
+            pause = 0.0 if self._at_once else self._interval_s
+            while not self._ended.wait(pause):
+                pause = self._interval_s
+                self._waits[pair] = time.monotonic()
+                send()
+                del self._waits[pair]
+                self._sent.add(pair)
+
+
+@functools.cache
+def _sending(sender: str, receiver: str) -> Callable[[], Any]:
+    """Compiles what sends a number from one CPU to another."""
+
+    # Within a function a tensor goes straight from one to the other; of an
+    # operation that is called eagerly the chief would pass it on.
+    def send() -> tf.Tensor:
+        with tf.device(sender):
+            sent = tf.timestamp()
+        with tf.device(receiver):
+            return tf.identity(sent)
+
+    # Traced by hand: TensorFlow's own way warns of many of them.
+    return tf.function(send, autograph=False).get_concrete_function()
+
+
+def _name_of(host: str) -> str:
+    spec = tf.DeviceSpec.from_string(host)
+    return f"task {spec.task}" if spec.job == JOB else "the chief"
