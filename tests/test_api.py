@@ -102,7 +102,7 @@ def test_shrinking():
 def test_connect_to_cluster():
     assert defaults(fdg_keras.connect_to_cluster) == {
         "cluster": None,
-        "timeout_s": 30.0,
+        "timeout_s": 20.0,
     }
 
 
