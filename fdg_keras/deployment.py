@@ -4,7 +4,7 @@ import contextlib
 import functools
 import gc
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -207,11 +207,10 @@ class Deployment:
         """Runs one epoch, within the context. See `Conductor.run`."""
         if mode == "train" and self._attributes is not None:
             # What callbacks have set since, Keras would trace with.
-            known, self._attributes = self._attributes, None
-            now = _attributes(self.model)
-            if now != known:
-                changes = dict(now.items() - known.items())
+            changes = _attributes(self.model).items() - self._attributes.items()
+            if changes:
                 self._rebuild(batches.spec, changes)
+            self._attributes = None
         built = self.build(mode, batches.spec, goes_on=mode == "train")
         optimizers = built.optimizers
         run = _runner(built.pipeline, pace)
@@ -263,6 +262,7 @@ class Deployment:
         spec: Spec,
         probed: bool = False,
         goes_on: bool = False,
+        optimizers: StageOptimizers | None = None,
     ) -> Built:
         """Returns what runs batches like `spec`, built if need be.
 
@@ -274,6 +274,7 @@ class Deployment:
             probed: Whether it must have probes, see `Pipeline`.
             goes_on: Whether layers that were frozen or thawed since are left
                 as they were: Keras, too, obeys when `fit` begins.
+            optimizers: To train with, if it is built. Default: new ones.
         """
         model = self.model
         compiled = () if mode == "predict" else _keras.compiled_parts(model)
@@ -292,7 +293,9 @@ class Deployment:
             # A thread that was left behind still has it, and must not be the
             # one to take it apart.
             self._left.append(built.pipeline)
-        pipeline, optimizers = self._assemble(mode, spec, trainable, probed)
+        pipeline, optimizers = self._assemble(
+            mode, spec, trainable, probed, optimizers
+        )
         if mode == "train":
             self._attributes = _attributes(model)
         self._built[mode] = Built(
@@ -300,7 +303,7 @@ class Deployment:
         )
         return self._built[mode]
 
-    def _rebuild(self, spec: Spec, changes: dict) -> None:
+    def _rebuild(self, spec: Spec, changes: Iterable) -> None:
         """Builds for training anew, with layers and optimizer as they are.
 
         Args:
@@ -310,18 +313,11 @@ class Deployment:
         """
         old = self._built.pop("train")
         assert old.optimizers is not None
-        for (part, name), value in changes.items():
+        for (part, name), value in changes:
             if part == id(self.model.optimizer):
                 for optimizer in old.optimizers.stages:
                     setattr(optimizer, name, value)
-        compiled = (*_keras.compiled_parts(self.model), self.model.run_eagerly)
-        trainable = [part.trainable_variables for part in self._slices]
-        pipeline, _ = self._assemble(
-            "train", spec, trainable, old.probed, old.optimizers
-        )
-        self._built["train"] = Built(
-            spec, compiled, trainable, pipeline, old.optimizers, old.probed
-        )
+        self.build("train", spec, old.probed, optimizers=old.optimizers)
 
     def _assemble(
         self,
@@ -329,7 +325,7 @@ class Deployment:
         spec: Spec,
         trainable: list,
         probed: bool,
-        optimizers: StageOptimizers | None = None,
+        optimizers: StageOptimizers | None,
     ) -> tuple[Pipeline | Emulation, StageOptimizers | None]:
         """Makes what runs batches, with variables in place.
 
@@ -338,7 +334,7 @@ class Deployment:
             spec: Of the batches.
             trainable: The trainable variables of each stage.
             probed: Whether it must have probes.
-            optimizers: To train with. Default: new ones.
+            optimizers: To train with; `None` makes new ones.
         """
         model = self.model
         objective = None

@@ -17,7 +17,7 @@ LEAST = {
     "several inputs": 0.2,
     "several outputs": 0.2,
     "three stages": 0.2,
-    "a tensor that skips a stage": 0.07,
+    "a tensor that skips a stage": 0.1,
     "a tensor of integers or booleans over a cut": 0.05,
 }
 #: Of fewer examples nothing can be said.

@@ -124,24 +124,32 @@ def test_an_optimizer_that_changes_gradients():
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("data", [(X,), (X, Y[:, 0]), (X, Y, Y)])
-def test_validation_data_that_do_not_fit(data):
+@pytest.mark.parametrize(
+    ("loss", "y", "data"),
+    [
+        ("mse", Y, (X,)),
+        (keras.losses.CosineSimilarity(), Y, (X, Y, Y)),
+        ("sparse_categorical_crossentropy", Y[:, 0], (X, np.hstack([Y, Y]))),
+    ],
+)
+def test_validation_data_that_do_not_fit(loss, y, data):
     """Not after an epoch, as with Keras, but before it."""
     begun = []
     start = keras.callbacks.LambdaCallback(
         on_epoch_begin=lambda epoch, logs: begun.append(epoch)
     )
     model = model_of(layers.Dense(3), layers.Dense(2))
-    model.compile("sgd", keras.losses.CosineSimilarity())
-    if len(data) == 2:
-        model.compile("sgd", "sparse_categorical_crossentropy")
-        data = (X, np.concatenate([Y, Y], 1))
-        arguments = {"validation_data": data, "callbacks": [start]}
-        with pytest.raises(ValueError, match="do not fit"):
-            fdg_keras.fit(model, X, Y[:, 0], devices=["CPU:0"] * 2, **arguments)
-    else:
-        with pytest.raises(ValueError, match="argets"):
-            fit(model, validation_data=data, callbacks=[start])
+    model.compile("sgd", loss)
+    trainer = fdg_keras.Trainer(model, 2, ["CPU:0"] * 2)
+    with pytest.raises(ValueError, match=r"No targets|targets do not fit"):
+        trainer.fit(
+            X,
+            y,
+            batch_size=8,
+            validation_data=data,
+            callbacks=[start],
+            verbose=0,
+        )
     assert not begun
 
 

@@ -38,8 +38,11 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Gradients do not exist"),
 ]
 
-#: Which of the legal cuts; few, because each stage takes its time to trace.
-cuts = st.lists(st.integers(0, 50), min_size=1, max_size=3)
+#: Which of the legal cuts; few, because each stage takes its time to trace, but
+#: more than one at least in every other example, to skip stages.
+cuts = st.lists(st.integers(0, 50), min_size=1, max_size=3) | st.lists(
+    st.integers(0, 50), min_size=2, max_size=3, unique=True
+)
 
 
 def examples(usual: int, share: int = 1) -> Any:
