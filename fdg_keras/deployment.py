@@ -16,19 +16,14 @@ from fdg_keras.conductor import Conductor
 from fdg_keras.data import Batches, Spec
 from fdg_keras.emulation import Emulation
 from fdg_keras.feeding import Pace
+from fdg_keras.loans import Loan
 from fdg_keras.objective import Objective
 from fdg_keras.optimizers import StageOptimizers
 from fdg_keras.pipeline import Pipeline, Settings
-from fdg_keras.placement import Relocation
 from fdg_keras.slicing import Graph, Slice
 from fdg_keras.statistics import StageStatistics
-from fdg_keras.threads import uninterrupted
-from fdg_keras.watch import Watch
 
 Mode = Literal["train", "test", "predict"]
-
-# Where a Keras model keeps what it has compiled.
-_FUNCTIONS = ("train_function", "test_function", "predict_function")
 
 
 @dataclass(frozen=True)
@@ -94,106 +89,30 @@ class Deployment:
         self._devices = devices
         self._settings = settings
         self._emulate = emulate
-        self.watch = Watch(devices)
-        self._relocation = Relocation(may_be_lost=self.watch.is_needed)
-        self._saved_steps: int | None = None
+        self._loan = Loan(model, devices, self._forget)
+        self.watch = self._loan.watch
+        self._saved_steps = 0
         self._built: dict[Mode, Built] = {}
         self._left: list[Pipeline | Emulation] = []
-        self._jit_compile = False
-        self._functions: dict[str, Any] = {}
         # As they were when training was built, until the first epoch of it.
         self._attributes: dict | None = None
         self.statistics: list[StageStatistics] = []
 
     def __enter__(self) -> "Deployment":
-        try:
-            with uninterrupted():
-                self._enter()
-        except KeyboardInterrupt:
-            # Put off until now, and so it is not the `with` block that leaves.
-            self.__exit__()
-            raise
+        self._loan.__enter__()
         return self
 
-    def _enter(self) -> None:
-        model = self.model
-        if not self._relocation.is_away:
-            check_idle(model)  # Others may have its variables.
-            self.watch.__enter__()
-            self._saved_steps = None
-            # What the model compiled, it compiled for its variables at home;
-            # and XLA refuses variables that are spread over devices.
-            self._jit_compile = bool(model.jit_compile)
-            self._functions = {n: getattr(model, n) for n in _FUNCTIONS}
-            self._set_functions(dict.fromkeys(_FUNCTIONS), False)
-            vars(model)["make_train_function"] = _refuse_to_train
-        try:
-            self._relocation.__enter__()
-        except tf.errors.OpError as error:
-            # A worker was lost while the model was at home.
-            loss = self._abandon()
-            self._settle()
-            raise (loss or error) from error
-
     def __exit__(self, *details: Any) -> None:
-        error = details[1] if details else None
-        with uninterrupted():
-            loss = self._leave(error)
-            if not self._relocation.is_away:
-                self._settle()
-        if loss is None:
-            return
-        if error is None or isinstance(error, tf.errors.OpError):
-            raise loss from error
-        error.add_note(str(loss))
+        self._loan.__exit__(*details)
 
-    def _leave(self, error: BaseException | None) -> ConnectionError | None:
-        """Brings variables home; returns what is to be said of lost workers."""
-        fails = self.watch.is_needed and error is not None
-        if fails and self.watch.find_loss() is not None:
-            return self._abandon()
-        try:
-            self._relocation.__exit__()
-        except tf.errors.OpError:
-            loss = self._abandon()
-            if loss is None:
-                self._settle()
-                raise
-            return loss
-        return None
-
-    def _abandon(self) -> ConnectionError | None:
-        """Gives up what is on the workers, with one of them lost.
-
-        All variables get the values they had at the end of the last epoch, so
-        that they belong together.
-        """
-        loss = self.watch.find_loss()
-        if loss is not None:
-            loss.add_note(
-                "The model holds the weights and slots of the end of the last "
-                "epoch, or of the begin of `fit` if none has ended."
-            )
-        self._relocation.abandon()
+    def _forget(self) -> None:
+        """Lets go of what was built, and counts steps as of the last save."""
         built = self._built.get("train")
-        if built and built.optimizers and self._saved_steps is not None:
+        if built and built.optimizers and self._loan.saved:
             built.optimizers.steps = self._saved_steps
-        # While calls to lost workers fail at once, and do not block.
         self._built.clear()
         self._left.clear()
         gc.collect()
-        return loss
-
-    def _settle(self) -> None:
-        """Undoes what else was done for variables to be away."""
-        self.watch.__exit__()
-        self._set_functions(self._functions, self._jit_compile)
-        vars(self.model).pop("make_train_function", None)
-
-    def _set_functions(self, functions: dict, jit_compile: bool) -> None:
-        for name, function in functions.items():
-            setattr(self.model, name, function)
-        self.model.jit_compile = jit_compile
 
     def run(
         self,
@@ -236,7 +155,7 @@ class Deployment:
 
             rate = optimizers.learning_rate
             self.statistics = []
-            if self._saved_steps is None:
+            if not self._loan.saved:
                 self._save(optimizers)
             try:
                 self.statistics = run(
@@ -252,9 +171,8 @@ class Deployment:
 
     def _save(self, optimizers: StageOptimizers) -> None:
         """Keeps what is left if a worker is lost, in case there are any."""
-        if self.watch.is_needed:
-            self._relocation.save()
-            self._saved_steps = optimizers.steps
+        self._loan.save()
+        self._saved_steps = optimizers.steps
 
     def build(
         self,
@@ -347,7 +265,7 @@ class Deployment:
                 model.trainable_variables,
                 trainable,
                 self._devices,
-                self._relocation,
+                self._loan.relocation,
             )
         parts = (
             self._graph,
@@ -359,17 +277,17 @@ class Deployment:
         )
         if model.run_eagerly or (self._emulate and mode == "train"):
             return Emulation(*parts, model.run_eagerly), optimizers
-        pipeline = Pipeline(*parts, spec, self._jit_compile, probed)
+        pipeline = Pipeline(*parts, spec, self._loan.jit_compile, probed)
         return pipeline, optimizers
 
     def _relocate(self) -> None:
         """Moves the variables of layers and metrics to their stages."""
         for part, device in zip(self._slices, self._devices):
             for variable in part.trainable_variables + part.state_variables:
-                self._relocation.move(variable, device)
+                self._loan.relocation.move(variable, device)
         for metric in self.model.metrics:
             for variable in metric.variables:
-                self._relocation.move(variable, self._devices[-1])
+                self._loan.relocation.move(variable, self._devices[-1])
 
 
 def _runner(pipeline: Pipeline | Emulation, pace: Pace) -> Callable:
@@ -389,23 +307,3 @@ def _attributes(model: keras.Model) -> dict[tuple[int, str], Any]:
         for name, value in vars(part).items()
         if isinstance(value, plain)
     }
-
-
-def check_idle(model: keras.Model) -> None:
-    """Checks that a model is not in stages now, to be used by others.
-
-    Raises:
-        ValueError: If it is.
-    """
-    if vars(model).get("make_train_function") is _refuse_to_train:
-        _refuse_to_train()
-
-
-def _refuse_to_train(force: bool = False) -> None:
-    raise ValueError(
-        "A model cannot be trained within `fdg_keras.fit`, by a callback or "
-        "another thread say, nor run by another `Trainer`: its variables are "
-        "on the devices of their stages. Expected that to be done before or "
-        "after it; `evaluate` and `predict` of the model and of its `Trainer` "
-        "may be called. Received: a call meanwhile"
-    )

@@ -13,8 +13,9 @@ from fdg_keras import _keras, delays
 from fdg_keras.checks import check_gradients, check_reads
 from fdg_keras.corrections import Correction
 from fdg_keras.crossing import Stash
-from fdg_keras.data import Feed, Spec
+from fdg_keras.data import Spec
 from fdg_keras.delays import Order
+from fdg_keras.feeds import Feed
 from fdg_keras.links import Link, Ports
 from fdg_keras.loops import Loop
 from fdg_keras.objective import Objective

@@ -11,8 +11,9 @@ from fdg_keras.corrections import Correction, check_corrections
 from fdg_keras.crossing import Stash
 from fdg_keras.data import Batches, build_for, validation_batches
 from fdg_keras.delays import Order
-from fdg_keras.deployment import Deployment, check_idle
+from fdg_keras.deployment import Deployment
 from fdg_keras.hooks import Hooks, ask_for_probes, capped_epochs
+from fdg_keras.loans import check_idle
 from fdg_keras.pipeline import Settings
 from fdg_keras.placement import resolve_devices
 from fdg_keras.plans import Plan

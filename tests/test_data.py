@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from fdg_keras.data import Batches, Feed
+from fdg_keras.data import Batches
+from fdg_keras.feeds import Feed
 from fdg_keras.links import Link
 from fdg_keras.slicing import trace_graph
 
