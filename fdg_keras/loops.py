@@ -154,6 +154,10 @@ class Loop:
         def run(
             fill: Any, steady: Any, drain: Any, learning_rate: Any
         ) -> tuple:
+            with tf.device(self._host):
+                # Arguments are where the caller is, and a loop that reads them
+                # there sends a message for each tick if that is far away.
+                fill, steady, drain = map(tf.identity, (fill, steady, drain))
             with tf.device(self._stage.device):
                 self.update.set_learning_rate(learning_rate)
                 waited = [self._no_time()] * 2

@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import itertools
 import re
 import threading
 import warnings
@@ -1236,3 +1237,28 @@ def test_losses_of_what_is_used_twice(make, splits):
         found.append((history.history["loss"], *model.get_weights()))
     for actual, expected in zip(*found):
         np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_ticks_of_a_stage_do_not_go_through_the_caller(cpus):
+    """The number of ticks was read where the caller is, each tick anew.
+
+    In a cluster that was a message to the chief and back for every tick.
+    """
+    layers = [keras.layers.Dense(4, "relu") for _ in range(3)]
+    model = keras.Sequential([keras.Input((8,)), *layers])
+    model.compile("sgd", "mse")
+    trainer = fdg_keras.Trainer(model, 2, ["CPU:1", "CPU:2"])
+    x, y = np.ones((8, 8), "float32"), np.ones((8, 4), "float32")
+    trainer.fit(x, y, batch_size=4, verbose=0)
+    loops = trainer._deployment._built["train"].pipeline.loops
+    for loop, device in zip(loops, ["CPU:1", "CPU:2"], strict=True):
+        whiles = [
+            op
+            for op in loop._function.graph.get_operations()
+            if op.type in ("While", "StatelessWhile")
+        ]
+        assert whiles
+        for tensor in itertools.chain(*(op.inputs for op in whiles)):
+            # Resources are where they are, whoever holds their handle.
+            if tensor.dtype != tf.resource:
+                assert tensor.op.device.endswith(device), tensor.name
