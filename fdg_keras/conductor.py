@@ -17,6 +17,7 @@ from fdg_keras import delays
 from fdg_keras.data import Epoch
 from fdg_keras.feeding import Feeder, Pace
 from fdg_keras.pipeline import Pipeline
+from fdg_keras.placement import is_here
 from fdg_keras.statistics import StageStatistics, Usage, collect
 from fdg_keras.threads import Crew, Inbox, NothingCame, noting, warn
 
@@ -83,7 +84,8 @@ class Conductor:
                 a note that says where.
         """
         self.usage = [Usage() for _ in self._pipeline.stages]
-        self._pace.start()
+        stages = self._pipeline.stages
+        self._pace.start(any(not is_here(stage.device) for stage in stages))
         for loop in self._pipeline.loops:
             loop.probe.reset()
         for limit in epoch.stretches(until_pause):

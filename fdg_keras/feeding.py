@@ -20,6 +20,8 @@ from fdg_keras.threads import Inbox
 # A part is grown to last about this long: what Python does for each part then
 # does not count, and the batches that wait to be run are few.
 _PART_S = 0.1
+# Calling a stage on another machine takes milliseconds, in which it rests.
+_PART_FAR_AWAY_S = 1.0
 _LONGEST_PART = 4096
 
 
@@ -55,6 +57,7 @@ class Pace:
     def __init__(self, window: int | None = None):
         self.asked = window
         self._grown = 1
+        self._part_s = _PART_S
         self._last = 0.0
 
     @property
@@ -67,8 +70,13 @@ class Pace:
         """Ticks of the next part."""
         return min(self.window, self._grown)
 
-    def start(self) -> None:
-        """Starts the clock, at the begin of an epoch."""
+    def start(self, far_away: bool = False) -> None:
+        """Starts the clock, at the begin of an epoch.
+
+        Args:
+            far_away: Whether a stage is on another machine.
+        """
+        self._part_s = _PART_FAR_AWAY_S if far_away else _PART_S
         self._last = time.perf_counter()
 
     def measure(self, ticks: int) -> None:
@@ -78,7 +86,7 @@ class Pace:
         now = time.perf_counter()
         per_tick = (now - self._last) / ticks
         self._last = now
-        wanted = int(_PART_S / max(per_tick, 1e-9))
+        wanted = int(self._part_s / max(per_tick, 1e-9))
         self._grown = max(min(wanted, 2 * self._grown, _LONGEST_PART), 1)
 
 

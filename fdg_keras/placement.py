@@ -19,6 +19,11 @@ def host_of(device: str) -> str:
     return spec.replace(device_type="CPU", device_index=0).to_string()
 
 
+def is_here(device: str) -> bool:
+    """Whether `device`, a full name, belongs to this process."""
+    return device.startswith("/job:localhost/")
+
+
 def resolve_devices(devices: Sequence[str] | None, splits: int) -> list[str]:
     """Returns the device of each stage, as full TensorFlow names.
 

@@ -21,9 +21,9 @@ def clock(monkeypatch):
     return clock
 
 
-def parts(clock, pace, seconds_per_tick, count):
+def parts(clock, pace, seconds_per_tick, count, far_away=False):
     """The lengths of `count` parts, each measured."""
-    pace.start()
+    pace.start(far_away)
     found = []
     for _ in range(count):
         found.append(pace.part)
@@ -47,6 +47,11 @@ def test_without_a_wish_every_part_is_a_window(clock):
 def test_a_part_grows_until_it_lasts_a_tenth_of_a_second(clock):
     assert parts(clock, Pace(), 0.00999, 7) == [1, 2, 4, 8, 10, 10, 10]
     assert parts(clock, Pace(1000), 0.00999, 7) == [1, 2, 4, 8, 10, 10, 10]
+
+
+def test_parts_are_longer_where_a_call_is(clock):
+    found = parts(clock, Pace(), 0.09999, 6, far_away=True)
+    assert found == [1, 2, 4, 8, 10, 10]
 
 
 def test_a_part_shrinks_when_ticks_get_slower(clock):

@@ -13,7 +13,12 @@ from keras import layers
 
 import fdg_keras
 from fdg_keras import _keras
-from fdg_keras.placement import Relocation, host_of, resolve_devices
+from fdg_keras.placement import (
+    Relocation,
+    host_of,
+    is_here,
+    resolve_devices,
+)
 
 FULL = "/job:localhost/replica:0/task:0/device:CPU:{}"
 
@@ -112,6 +117,11 @@ def test_the_host_of_a_device(device, host):
 
 
 # -- Relocation ---------------------------------------------------------------
+
+
+def test_what_is_here():
+    assert is_here(resolve_devices(["CPU:1"], 1)[0])
+    assert not is_here("/job:worker/replica:0/task:0/device:CPU:0")
 
 
 @pytest.fixture
