@@ -4,6 +4,7 @@ The Python blocks of a page are one program, which is run as pasted. A `text`
 block that follows one is what it prints.
 """
 
+import collections
 import importlib
 import json
 import os
@@ -195,11 +196,30 @@ def test_bytes_are_those_that_were_measured():
     for case in cases:
         predicted, held = case["predicted_bytes"], case["held_bytes"]
         assert predicted == pytest.approx(held, rel=0.01)
-        mib = [case[f"{key}_bytes"] / 2**20 for key in ("held", "at_most")]
-        row = [case["network"], f"`{case['stash']!r}`", *map(round, mib)]
+        assert case["planned_bytes"] == pytest.approx(held, rel=0.01)
+        cells = [case[f"{key}_bytes"] / 2**20 for key in ("held", "at_most")]
+        cells.append(case["step_ms"])
+        row = [case["network"], f"`{case['stash']!r}`", *map(round, cells)]
         line = "| " + " | ".join(map(str, row)).replace("'", '"') + " |"
         assert line in PAGES["how_it_works.md"]
     assert len(cases) == 8
+
+
+def test_plans_are_as_right_as_was_measured():
+    results = (ROOT / "docs" / "results" / "plan.json").read_text()
+    networks = collections.defaultdict(list)
+    for case in json.loads(results)["cases"]:
+        assert case["best"] == pytest.approx(1, rel=1e-6)
+        networks[case["model"], case["batch"]].append(case)
+    for key, cases in networks.items():
+        ways = cases[0]["end_to_end_ms"]
+        row = [*key, *(f"{case['ratio']:.2f}" for case in cases)]
+        row += [round(max(case["plan_s"] for case in cases))]
+        row += [round(ways[k]) for k in ("plan", "operations", "parameters")]
+        row += [f"{ways['gain']:.2f}"]
+        line = "| " + " | ".join(map(str, row)) + " |"
+        assert line in PAGES["choosing.md"]
+    assert len(networks) == 8
 
 
 def reported(dataset, network, run):
