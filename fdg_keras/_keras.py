@@ -8,6 +8,7 @@ Checked against Keras 3.15 on TensorFlow 2.21.
 """
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -161,7 +162,18 @@ def set_storage(variable: keras.Variable, storage: tf.Variable) -> None:
 
     Private: `Variable._value`.
     """
+    for one in (variable._value, storage):
+        vars(one)["_stands_for"] = weakref.ref(variable)
     variable._value = storage
+
+
+def stood_for(storage: tf.Variable) -> keras.Variable | None:
+    """Returns the variable whose value `storage` was last set to hold.
+
+    Also if another one holds it now. `None` if it was never set for any.
+    """
+    owner = vars(storage).get("_stands_for")
+    return None if owner is None else owner()
 
 
 # -- Optimizers ---------------------------------------------------------------

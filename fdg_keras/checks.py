@@ -11,6 +11,10 @@ from fdg_keras.stages import Stage
 from fdg_keras.threads import warn
 
 
+class OutsideRead(ValueError):
+    """A weight is read by somebody who was not handed it."""
+
+
 def check_gradients(
     stages: Sequence[Stage], has_gradient: Sequence[Sequence[bool]]
 ) -> None:
@@ -56,14 +60,19 @@ def check_reads(
         graph: The model.
 
     Raises:
-        ValueError: If one of them is a weight of the model, because the
+        OutsideRead: If one of them is a weight of the model, because the
             gradient by it would be lost.
     """
+    # A function of the user's may have kept a variable where the value of the
+    # weight was before it was moved to the device of its stage.
+    owners = [_keras.stood_for(read) for read in watched]
     for node in graph.nodes:
         for variable in node.trainable_variables:
             storage = _keras.get_storage(variable)
-            if any(storage is read for read in watched):
-                raise ValueError(
+            if any(storage is read for read in watched) or any(
+                variable is owner for owner in owners
+            ):
+                raise OutsideRead(
                     f"{where} reads the weight {variable.path!r} of layer "
                     f"{node.name!r} as a Python variable of its own, and the "
                     "gradient by it would be lost. Expected weights to be "

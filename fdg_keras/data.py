@@ -161,7 +161,7 @@ class Batches:
                 "yields nothing the second time."
             )
         short = self.steps is not None and drawn < self.steps
-        if short and self._steps_per_epoch and not stopped:
+        if short and not stopped:
             warn(
                 "Your input ran out of data; interrupting training. Expected "
                 f"{self.steps} batches in this epoch, received {drawn}. Use "

@@ -276,7 +276,7 @@ class Deployment:
             objective,
         )
         if model.run_eagerly or (self._emulate and mode == "train"):
-            return Emulation(*parts, model.run_eagerly), optimizers
+            return Emulation(*parts, spec, model.run_eagerly), optimizers
         pipeline = Pipeline(*parts, spec, self._loan.jit_compile, probed)
         return pipeline, optimizers
 

@@ -11,13 +11,14 @@ the way to debug: everything runs eagerly, in the caller's thread.
 import collections
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
 
 from fdg_keras import _keras, delays, transforms
 from fdg_keras.checks import check_gradients, check_reads
-from fdg_keras.data import Epoch
+from fdg_keras.data import Epoch, Spec
 from fdg_keras.feeding import Pace
 from fdg_keras.linearize import is_float
 from fdg_keras.objective import Objective
@@ -39,6 +40,7 @@ class Emulation:
         settings: How to train; `None` if not training.
         optimizers: One for each stage; empty if not training.
         objective: Loss and metrics; `None` hands out the outputs instead.
+        spec: Of the batches.
         run_eagerly: Whether nothing is compiled.
     """
 
@@ -53,6 +55,7 @@ class Emulation:
         settings: Settings | None,
         optimizers: Sequence[keras.optimizers.Optimizer],
         objective: Objective | None,
+        spec: Spec,
         run_eagerly: bool,
     ):
         training = settings is not None
@@ -67,7 +70,6 @@ class Emulation:
         input_at = {v: i for i, v in enumerate(graph.inputs)}
         self._feeds = [[input_at[v] for v in part.feeds] for part in slices]
         self._outputs: collections.deque = collections.deque()
-        self._run_batch = self._batch if run_eagerly else None
         compiled = _as_it_is if run_eagerly else _compiled
         splits = len(slices)
         #: What has not been applied yet: gradients, and the weights then.
@@ -92,6 +94,21 @@ class Emulation:
                     compiled,
                 )
             )
+        self._run_batch: Any = self._batch
+        if not run_eagerly:
+            # Traced now, so that what cannot be trained is refused before
+            # training starts; and once for all batches, whatever their size.
+            targets = tuple(objective.target_specs) if objective else ()
+            self._run_batch = tf.function(
+                self._batch,
+                input_signature=(
+                    spec.inputs,
+                    targets,
+                    tf.TensorSpec((), tf.int64),
+                ),
+                autograph=False,
+            )
+            self._run_batch.get_concrete_function()
 
     # -- Running --------------------------------------------------------------
 
@@ -169,13 +186,6 @@ class Emulation:
         if element is None:
             return False
         element = (*element, tf.constant(position, tf.int64))
-        if self._run_batch is None:
-            # Once for all batches, whatever their size.
-            batch_spec = tf.TensorSpec((), tf.int64)
-            specs = (*epoch.iterator.element_spec, batch_spec)
-            self._run_batch = tf.function(
-                self._batch, input_signature=specs, autograph=False
-            )
         first = self._settings and self._settings.order == "update_first"
         for k, late in enumerate(self._delays):
             if first and late:

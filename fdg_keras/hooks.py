@@ -135,9 +135,13 @@ class Hooks:
 
         Where `ModelCheckpoint` or `BackupAndRestore` save within an epoch
         (`save_freq`), and every `drain_every` batches if a callback has such
-        an attribute.
+        an attribute. As soon as can be if training is to stop, which Keras
+        looks at when a batch has ended.
         """
-        window = self.pace("train").window
+        pace = self.pace("train")
+        if self._model.stop_training:
+            return pace.asked or 1
+        window = pace.window
         found = []
         for callback in self.callbacks.callbacks:
             found.append(

@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from fdg_keras import recompute
 from fdg_keras.crossing import OF_THE_FORWARD, Crossing, Stash, StashBytes
-from fdg_keras.subgraphs import extract
+from fdg_keras.subgraphs import ancestors, extract
 
 
 @dataclass
@@ -71,7 +71,8 @@ class Linearized:
                 result = pure(weights, state, inputs)
                 # An output that is an argument must be a tensor of its own to
                 # be fetched, and to be told from the argument.
-                result.outputs = [tf.identity(t) for t in result.outputs]
+                with tf.control_dependencies(_effects(result)):
+                    result.outputs = [tf.identity(t) for t in result.outputs]
             self._tape = tape
             #: Trainable variables that it reads in spite of all.
             self.watched = list(tape.watched_variables())
@@ -358,6 +359,25 @@ class Cut:
 def is_float(tensor: Any) -> bool:
     """Whether a tensor can have a gradient."""
     return tensor.dtype.is_floating or tensor.dtype.is_complex
+
+
+def _effects(result: Pure) -> list:
+    """Returns what to wait for, so that all is done that layers do.
+
+    Of assertions, prints, summaries and the like nothing is computed, so what
+    is cut out of the graph would be without them.
+    """
+    made = [*result.outputs, *result.own_losses, *result.new_state]
+    if not made:
+        return []
+    _, read = ancestors(made, (), ())
+    found: list = []
+    for op in made[0].graph.get_operations():
+        reads = op.type in ("VarHandleOp", "ReadVariableOp", "Placeholder")
+        if op.op_def.is_stateful and not reads and op.name not in read:
+            # One that calls a function must be waited for by its results.
+            found += [tf.identity(t) for t in op.outputs] or [op]
+    return found
 
 
 def _identity(gradient: Any) -> Any:

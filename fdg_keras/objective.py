@@ -8,7 +8,7 @@ import keras
 import tensorflow as tf
 
 from fdg_keras import _keras
-from fdg_keras.checks import check_reads
+from fdg_keras.checks import OutsideRead, check_reads
 from fdg_keras.data import Spec
 from fdg_keras.slicing import Graph, Slice
 
@@ -70,6 +70,8 @@ class Objective:
         """Says what was expected if targets do not fit loss or metrics."""
         try:
             yield
+        except OutsideRead:
+            raise
         except (ValueError, TypeError) as error:
             outputs = [
                 tuple(self._graph.symbols[v].shape) for v in self._graph.outputs

@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from fdg_keras import _keras
 from fdg_keras.placement import Relocation
-from fdg_keras.threads import uninterrupted
+from fdg_keras.threads import uninterrupted, warn
 
 _NO_SCALE = (
     "`mixed_float16` and `LossScaleOptimizer` are not supported: the "
@@ -212,6 +212,16 @@ class StageOptimizers:
                     "another optimizer, or `splits=1`. Received: "
                     f"{self._whole!r}"
                 )
+        # The count of updates is one of them. Of what Keras' own keep besides,
+        # all is made of that count.
+        its_own = not type(self._whole).__module__.startswith("keras.")
+        if its_own and len(self._others) > 1 and len(wanted) > 1:
+            warn(
+                f"{type(self._whole).__name__} keeps state that is not for "
+                "single variables. Here each stage has an optimizer like it, "
+                "with such state of its own: a sum over the gradients of all "
+                "stages, say, is another."
+            )
 
     def _remaining(self) -> list[keras.Variable]:
         found = _without_rate(self._whole)

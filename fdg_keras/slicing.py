@@ -86,6 +86,7 @@ class Graph:
         inputs: Values of the model's inputs, in the model's order.
         outputs: Values of the model's outputs, in the model's order.
         symbols: Shapes and dtypes of all values.
+        nested: Models within it, and the Keras graph of each.
     """
 
     functional: Any
@@ -93,6 +94,7 @@ class Graph:
     inputs: tuple[int, ...] = ()
     outputs: tuple[int, ...] = ()
     symbols: list[Any] = field(default_factory=list)
+    nested: list[tuple[Any, Any]] = field(default_factory=list)
 
     def add_value(self, symbol: Any) -> int:
         """Adds a value of the shape and dtype of `symbol`; returns it."""
@@ -273,6 +275,7 @@ def _inlinable(graph: Graph, call: Any, bindings: Any) -> Any:
     inner = _keras.functional_of(call.operation)
     if inner is None:
         return None
+    graph.nested.append((call.operation, inner))
     # Keras adds `mask`, and overrides `training`.
     kwargs = dict(call.arguments.kwargs)
     masks = _keras.tree.flatten(kwargs.pop("mask", None))

@@ -180,6 +180,11 @@ class Trainer:
         """
         check_model(self.model)
         check_graph(self.model, self._graph)
+        check_corrections(
+            self._settings.corrections,
+            self.model.optimizer,
+            self._settings.stash,
+        )
         self._warn_once()
         check_idle(self.model)
         check_emulation(self.model, self._emulate, self._settings.stash)
@@ -343,6 +348,7 @@ class Trainer:
         Takes and returns what `keras.Model.predict` does: NumPy arrays
         `[N, ...]` in the structure of the model's outputs.
         """
+        check_graph(self.model, self._graph)
         check_sizes(batch_size, steps=steps)
         batches = Batches(
             self._graph, steps, x=x, batch_size=batch_size, shuffle=False

@@ -27,6 +27,7 @@ _STEPS = (
     "make_train_function",
     "compute_loss",
     "_compute_loss",
+    "_aggregate_additional_loss",
     "compute_metrics",
     "losses",
     "trainable_variables",
@@ -64,7 +65,8 @@ def check_graph(model: keras.Model, graph: Graph) -> None:
     Raises:
         ValueError: If layers were added or taken away since.
     """
-    if _keras.functional_of(model) is not graph.functional:
+    parts = [(model, graph.functional), *graph.nested]
+    if any(_keras.functional_of(part) is not was for part, was in parts):
         raise ValueError(
             "The model has other layers than when the `Trainer` was made. "
             "Expected it as it was: make a new `Trainer`. Received: "

@@ -47,6 +47,39 @@ def test_a_loss_that_reads_weights(name, splits, emulate):
 
 
 @pytest.mark.parametrize("emulate", [False, True])
+@pytest.mark.parametrize("devices", [["CPU:0", "CPU:1"], ["CPU:1", "CPU:2"]])
+def test_weights_that_were_read_where_they_are_no_more(devices, emulate):
+    """What holds their value at home, kept from before they were moved."""
+    first = layers.Dense(3, use_bias=False, name="first")
+    last = layers.Dense(2, name="last")
+    model = model_of(first, layers.Dense(3), last)
+    kernel = last.kernel.value
+
+    @tf.function
+    def loss(y, y_pred):
+        return tf.reduce_mean((y - y_pred) ** 2) + tf.reduce_sum(kernel**2)
+
+    model.compile("sgd", loss)
+    settings = {"devices": devices, "delay": 0, "emulate": emulate}
+    told = []
+    begins = keras.callbacks.LambdaCallback(
+        on_train_begin=lambda logs: told.append(logs)
+    )
+    with pytest.raises(ValueError, match=r"The loss reads.*last.*Received"):
+        fdg_keras.Trainer(model, 2, **settings).fit(
+            X, Y, verbose=0, callbacks=[begins]
+        )
+    weight = first.kernel.value
+    tied = layers.Lambda(lambda x: x @ tf.transpose(weight))
+    other = model_of(first, layers.Dense(3), tied, layers.Dense(2))
+    with pytest.raises(ValueError, match=r"Stage 1 reads.*first.*Received"):
+        fdg_keras.Trainer(other, [other.layers[1].name], **settings).fit(
+            X, Y, verbose=0, callbacks=[begins]
+        )
+    assert not told
+
+
+@pytest.mark.parametrize("emulate", [False, True])
 def test_a_layer_that_reads_weights_of_another_stage(emulate):
     first = layers.Dense(3, use_bias=False, name="first")
     tied = layers.Lambda(lambda x: x @ ops.transpose(first.kernel))
@@ -317,3 +350,101 @@ def test_batches_that_are_known_not_to_come():
             run(X, Y, batch_size=8, verbose=0, **given)
         found.append(events)
     assert found[0] == found[1]
+
+
+class Guard(layers.Layer):
+    """Asserts and tells, as a TensorFlow user writes it."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.file = path
+
+    def call(self, x):
+        tf.debugging.assert_less(tf.reduce_max(x), 100.0)
+        tf.print("seen", output_stream=f"file://{self.file}")
+        return x * 1.0
+
+
+@pytest.mark.parametrize("stash", ["exact", "replay"])
+@pytest.mark.parametrize("delay", [0, 2])
+def test_assertions_and_prints_of_layers(tmp_path, delay, stash):
+    """Nothing is computed from them, and still they are there to be run."""
+    path = tmp_path / "told"
+    model = model_of(Guard(path), layers.Dense(3), layers.Dense(2))
+    trainer = fdg_keras.Trainer(
+        model, 2, ["CPU:0", "CPU:1"], delay=delay, stash=stash
+    )
+    trainer.fit(X, Y, batch_size=4, verbose=0)
+    assert path.read_text().count("seen") == 4
+    trainer.evaluate(X, Y, batch_size=8, verbose=0)
+    assert path.read_text().count("seen") == 6
+    trainer.predict(X, batch_size=8, verbose=0)
+    assert path.read_text().count("seen") == 8
+    failure = pytest.raises(tf.errors.InvalidArgumentError, match="assertion")
+    for run in (trainer.fit, trainer.evaluate):
+        with failure:
+            run(1000 * X, Y, verbose=0)
+    with failure:
+        trainer.predict(1000 * X, verbose=0)
+
+
+def test_state_of_an_optimizer_that_is_for_all_variables():
+    class Global(keras.optimizers.SGD):
+        def build(self, variables):
+            super().build(variables)
+            self.total = self.add_variable((), name="total")
+
+    model = model_of(layers.Dense(3), layers.Dense(2))
+    model.compile(Global(0.1), "mse")
+    with pytest.warns(UserWarning, match="Global keeps state that is not for"):
+        fit(model)
+
+
+def test_a_stop_when_an_epoch_begins():
+    """Keras looks at it when a batch has ended, and so after the first."""
+
+    class Stop(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            self.model.stop_training = epoch == 1
+
+    found = []
+    for run in (None, 0, 2):
+        keras.utils.set_random_seed(0)
+        model = model_of(layers.Dense(3), layers.Dense(2))
+        data = {"batch_size": 2, "epochs": 3, "verbose": 0, "shuffle": False}
+        data["callbacks"] = [Stop()]
+        if run is None:
+            model.fit(X, Y, **data)
+        else:
+            trainer = fdg_keras.Trainer(model, 2, ["CPU:0"] * 2, delay=run)
+            trainer.fit(X, Y, **data)
+        assert int(model.optimizer.iterations) == 8 + 1
+        found.append(model.get_weights())
+    for mine, keras_own in zip(found[1], found[0]):
+        np.testing.assert_allclose(mine, keras_own, rtol=1e-5)
+
+
+def test_corrections_are_checked_against_the_optimizer_of_today():
+    model = model_of(layers.Dense(3), layers.Dense(2))
+    model.compile(keras.optimizers.SGD(0.1, momentum=0.9), "mse")
+    trainer = fdg_keras.Trainer(
+        model, 2, ["CPU:0"] * 2, corrections=[fdg_keras.WeightPrediction()]
+    )
+    trainer.fit(X, Y, verbose=0)
+    model.compile(keras.optimizers.RMSprop(0.1), "mse")
+    with pytest.raises(ValueError, match="needs a momentum"):
+        trainer.fit(X, Y, verbose=0)
+
+
+def test_layers_that_were_added_since():
+    inner = keras.Sequential([keras.Input((4,)), layers.Dense(3)])
+    outer = keras.Sequential([keras.Input((4,)), inner, layers.Dense(2)])
+    outer.compile("sgd", "mse")
+    trainer = fdg_keras.Trainer(outer, 2, ["CPU:0"] * 2)
+    trainer.predict(X, verbose=0)
+    inner.add(layers.Dense(3))
+    for run in (trainer.fit, trainer.evaluate):
+        with pytest.raises(ValueError, match="other layers than when"):
+            run(X, Y, verbose=0)
+    with pytest.raises(ValueError, match="other layers than when"):
+        trainer.predict(X, verbose=0)

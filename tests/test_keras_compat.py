@@ -216,6 +216,9 @@ def test_storage():
     variable.assign([5.0, 6.0])
     np.testing.assert_array_equal(other, [5.0, 6.0])
     np.testing.assert_array_equal(storage, [1.0, 2.0])
+    assert _keras.stood_for(storage) is variable
+    assert _keras.stood_for(other) is variable
+    assert _keras.stood_for(tf.Variable(1.0)) is None
 
 
 def test_layers_compute_with_the_storage_they_have_now(model):
