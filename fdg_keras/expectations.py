@@ -57,9 +57,11 @@ def expected(found: Plan, processor_s: float, shared: bool) -> Plan:
     load: dict[str, float] = {}
     for stage in found.stages:
         load[stage.device] = load.get(stage.device, 0.0) + (stage.tick_s or 0.0)
-    step_s = max(load.values())
     count = len(found.stages)
     cores = len(os.sched_getaffinity(0))
+    # Without delay a batch has passed all stages, and come back, before the
+    # next one begins.
+    step_s = max(load.values()) if found.delay else sum(load.values())
     if shared and count > 1:
         step_s = max(step_s, (processor_s + count * TICK_S) / cores)
     found = dataclasses.replace(found, step_s=step_s)
@@ -85,6 +87,8 @@ def _reason(found: Plan, bound: float, cores: int | None) -> str:
         cores: That all devices share, if they do.
     """
     whole_s, step_s = found.whole_s or 0.0, found.step_s or 0.0
+    if not found.delay:
+        return "with `delay=0` one stage works at a time"
     if whole_s < 10 * TICK_S:
         return (
             f"a batch takes only {1e3 * whole_s:.2g} ms on one device, and "
@@ -106,4 +110,6 @@ def _reason(found: Plan, bound: float, cores: int | None) -> str:
             f"{100 * stage.costs[longest] / whole_s:.0f} % of the time, and a "
             "layer is not divided"
         )
-    return f"stage {k} also waits while tensors go from device to device"
+    if stage.sends_s or stage.returns_s:
+        return f"stage {k} also waits while tensors go from device to device"
+    return "the fastest device alone is nearly as fast as all together"

@@ -22,7 +22,7 @@ from fdg_keras.profiles import Profile
 from fdg_keras.profiling import description, profile
 from fdg_keras.rates import UpdateRate, transfer_rate, update_rate
 from fdg_keras.resources import StageBytes
-from fdg_keras.room import Room
+from fdg_keras.room import Room, check_limit
 from fdg_keras.slicing import Graph, cut_graph, trace_graph
 from fdg_keras.stashes import traced_stashes
 from fdg_keras.threads import warn
@@ -62,7 +62,8 @@ def plan(
         devices: As for `Trainer`. They may differ in speed. Where stages share
             one, the cuts are still those of the fastest slowest stage; the
             pace that is expected is that of the device with most to do.
-        delay: Batches of delay per hop, for the memory of what is in flight.
+        delay: Batches of delay per hop, for the memory of what is in flight;
+            with 0, stages take turns, and the pace is that of all together.
         stash: The stash mode, likewise, and for the time of its backward.
             What `"selective"` keeps is known of whole stages only: cuts are
             chosen, and held to `memory_limit`, as for `"exact"`, which holds
@@ -92,6 +93,7 @@ def plan(
     _check_batch(graph, batch_size)
     ends = legal_ends(graph, splits)
     names = resolve_devices(devices, splits)
+    check_limit(memory_limit, names)
     optimizer = getattr(model, "optimizer", None)
     if optimizer is not None:
         check_model(model)
@@ -183,7 +185,7 @@ class _Times:
     Attributes:
         nodes: Seconds `[K, nodes]` of each node in each stage.
         paid: As given.
-        whole_s: Of all nodes on the first device, by back-propagation.
+        whole_s: Of all nodes on the fastest device, by back-propagation.
     """
 
     def __init__(
@@ -191,7 +193,7 @@ class _Times:
     ):
         self._times = np.array([kind.seconds(ledger) for kind in kinds])
         self._again = np.array([kind.again for kind in kinds])
-        self.whole_s = float(self._times[0].sum())
+        self.whole_s = float(self._times.sum((1, 2)).min())
         if ledger.stash == "replay":
             self._times[..., 1] += self._again
         self.nodes = self._times.sum(-1)

@@ -83,7 +83,7 @@ class Plan:
         delay: Batches of delay per hop that bytes are of.
         stash: The stash mode that bytes are of.
         step_s: Expected seconds of a training step.
-        whole_s: The same on the first device alone, by back-propagation.
+        whole_s: The same on the fastest device alone, by back-propagation.
         measured_step_s: Measured seconds of a tick in the last epoch.
         notes: What a reader should know, a sentence or two each.
     """

@@ -54,7 +54,11 @@ class ProfileCache:
     def __init__(self, folder: str | os.PathLike | None):
         home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         default = os.environ.get("FDG_KERAS_CACHE") or f"{home}/fdg_keras"
-        self._folder = pathlib.Path(folder or default).expanduser()
+        try:
+            self._folder = pathlib.Path(folder or default).expanduser()
+        except RuntimeError:
+            # A user without a home: nothing is found there, and nothing kept.
+            self._folder = pathlib.Path(os.devnull, "fdg_keras")
 
     def read(
         self, key: str, inputs: int, outputs: int, weights: int

@@ -15,6 +15,16 @@ from fdg_keras.memory import Ledger
 _MIB = 2**20
 
 
+def check_limit(limit: Any, devices: Sequence[str]) -> None:
+    """Checks that a memory limit is one, before anything is measured.
+
+    Raises:
+        ValueError: If it is neither `None` nor what `Room` takes.
+    """
+    if limit is not None:
+        _limits(limit, [devices.count(name) for name in devices])
+
+
 class Room:
     """Which cuts fit in memory.
 

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import os
 import warnings
 
 import keras
@@ -154,6 +155,56 @@ def test_a_slow_device_gets_less_to_do(monkeypatch):
     plan = fdg_keras.plan(_compiled(model), 2, 8, ["CPU:0", "CPU:1"])
     assert measured == ["0", "1"]
     assert [len(stage.layers) for stage in plan.stages] == [2, 6]
+
+
+def test_speed_is_compared_with_the_fastest_device(monkeypatch):
+    """Two devices, of which the first is slow, are not ten times one."""
+
+    def slower(graph, batch_size, device, *rest):
+        seconds = 10.0 if device.endswith("0") else 1.0
+        return [
+            dataclasses.replace(p, forward_s=seconds, backward_s=0.0)
+            for p in profile(graph, batch_size, device, False, False)
+        ]
+
+    monkeypatch.setattr(planner, "description", lambda name: name)
+    monkeypatch.setattr(planner, "profile", slower)
+    monkeypatch.setattr(planner, "update_rate", lambda *_: UpdateRate(0.0, 1.0))
+    model = keras.Sequential(
+        [keras.Input((4,)), *(layers.Dense(4) for _ in range(12))]
+    )
+    plan = fdg_keras.plan(_compiled(model), 2, 8, ["CPU:0", "CPU:1"])
+    assert [len(stage.layers) for stage in plan.stages] == [1, 11]
+    assert plan.whole_s == pytest.approx(12.0)
+    assert plan.speed_up == pytest.approx(12 / 11, rel=1e-3)
+    assert "the fastest device alone" in str(plan)
+
+
+def test_without_delay_stages_take_turns(tmp_path):
+    settings = {"cache_dir": tmp_path, "devices": ["CPU:0", "CPU:1"]}
+    with pytest.warns(UserWarning, match="hardly pay"):
+        locked = fdg_keras.plan(network(), 2, 8, delay=0, **settings)
+    ticks = sum(stage.tick_s for stage in locked.stages)
+    assert locked.step_s == pytest.approx(ticks)
+    assert locked.speed_up < 1
+
+
+@pytest.mark.parametrize("limit", [0, "1GB", [1.0], [1, 2, 3], True])
+def test_a_limit_is_checked_before_anything_is_measured(monkeypatch, limit):
+    monkeypatch.setattr(planner, "profile", None)
+    with pytest.raises(ValueError, match=r"`memory_limit` to be.*Received"):
+        fdg_keras.plan(network(), 2, 8, ["CPU:0"] * 2, memory_limit=limit)
+
+
+def test_a_user_without_a_home(monkeypatch, tmp_path):
+    for name in ("HOME", "XDG_CACHE_HOME", "FDG_KERAS_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    cache = ProfileCache(None)
+    cache.write("key", Profile(0.0, 0.0, 0.0, (), (), (), 0, ()))
+    assert cache.read("key", 0, 0, 0) is None
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_transfer_takes_time():
