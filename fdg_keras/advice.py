@@ -105,7 +105,10 @@ def _advice(graph: Graph, plan: Plan, measured: Measured) -> str:
         f"{measured.ticks} ticks"
     )
     if measured.ticks < _TICKS:
-        return f"{took}. After {_TICKS} it will be said which cut to move."
+        return (
+            f"{took}. After {_TICKS} in one epoch it will be said which cut to "
+            "move."
+        )
     splits = len(seconds)
     nodes = np.tile(costs, (splits, 1))
     found = balance(legal_ends(graph, splits), nodes, np.zeros(nodes.shape))

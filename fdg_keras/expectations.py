@@ -61,7 +61,7 @@ def expected(found: Plan, processor_s: float, shared: bool) -> Plan:
     cores = len(os.sched_getaffinity(0))
     # Without delay a batch has passed all stages, and come back, before the
     # next one begins.
-    step_s = max(load.values()) if found.delay else sum(load.values())
+    step_s = (sum if found.delay == 0 else max)(load.values())
     if shared and count > 1:
         step_s = max(step_s, (processor_s + count * TICK_S) / cores)
     found = dataclasses.replace(found, step_s=step_s)
@@ -87,7 +87,7 @@ def _reason(found: Plan, bound: float, cores: int | None) -> str:
         cores: That all devices share, if they do.
     """
     whole_s, step_s = found.whole_s or 0.0, found.step_s or 0.0
-    if not found.delay:
+    if found.delay == 0:
         return "with `delay=0` one stage works at a time"
     if whole_s < 10 * TICK_S:
         return (

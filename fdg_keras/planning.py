@@ -220,6 +220,13 @@ def _cuts_of_plan(graph: Graph, plan: Plan) -> list[int]:
                 f"{there.layers[0]!r} to {there.layers[-1]!r}, to have "
                 f"{there.parameters:,} parameters, received {one.parameters:,}."
             )
+        if there.sends != one.sends:
+            raise ValueError(
+                "The plan was made for another size of inputs: expected stage "
+                f"{k} to send {there.sends:,} elements of each sample. Make a "
+                "plan of this model. Received: a model in which it sends "
+                f"{one.sends:,}"
+            )
     return cuts
 
 

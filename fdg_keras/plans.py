@@ -111,12 +111,28 @@ class Plan:
         return self.whole_s / self.step_s
 
     def on(self, devices: Sequence[str]) -> "Plan":
-        """Returns the same plan for other devices, one for each stage."""
+        """Returns the same plan for other devices, one for each stage.
+
+        A note says so, if times are known: they are those of the old ones.
+        """
+        before = [stage.device for stage in self.stages]
+        if before == list(devices):
+            return self
+        notes = self.notes
+        if self.step_s is not None:
+            there, here = (
+                ", ".join(name.removeprefix(HERE) for name in names)
+                for names in (before, devices)
+            )
+            notes += (
+                f"What is expected here was measured for {there}, but the "
+                f"stages are on {here}.",
+            )
         stages = tuple(
             dataclasses.replace(stage, device=device)
             for stage, device in zip(self.stages, devices)
         )
-        return dataclasses.replace(self, stages=stages)
+        return dataclasses.replace(self, stages=stages, notes=notes)
 
     def as_costs(self) -> list[Cost]:
         """Returns the stages as `fdg_keras.simulation.simulate` takes them.

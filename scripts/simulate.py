@@ -71,7 +71,13 @@ flags.DEFINE_float(
     lower_bound=0.0,
 )
 flags.DEFINE_integer("seed", 0, "Seed of the jitter.", lower_bound=0)
-flags.DEFINE_enum("stash", "exact", STASHES, "What is kept for a backward.")
+flags.DEFINE_enum(
+    "stash",
+    "exact",
+    # What "selective" keeps is known only once a stage is traced.
+    [name for name in STASHES if name != "selective"],
+    "What is kept for a backward.",
+)
 flags.DEFINE_string("plot", "runs/simulation.svg", "Where to draw the curves.")
 flags.register_validator(
     "splits",

@@ -196,6 +196,33 @@ def test_a_limit_is_checked_before_anything_is_measured(monkeypatch, limit):
         fdg_keras.plan(network(), 2, 8, ["CPU:0"] * 2, memory_limit=limit)
 
 
+def test_a_plan_of_another_size_of_inputs():
+    def convolutions(size):
+        inputs = keras.Input((size, size, 3))
+        h = inputs
+        for _ in range(4):
+            h = layers.Conv2D(4, 3)(h)
+        return _compiled(
+            keras.Model(inputs, layers.GlobalAveragePooling2D()(h))
+        )
+
+    plan = fdg_keras.plan(convolutions(16), 2, 8, measure=False)
+    Trainer(convolutions(16), plan, ["CPU:0"] * 2)
+    with pytest.raises(ValueError, match=r"another size of inputs.*elements"):
+        Trainer(convolutions(24), plan, ["CPU:0"] * 2)
+
+
+def test_a_plan_on_other_devices_says_so(tmp_path):
+    model = network()
+    plan = fdg_keras.plan(model, 2, 8, ["CPU:2", "CPU:1"], cache_dir=tmp_path)
+    same = Trainer(model, plan, ["CPU:2", "CPU:1"]).plan
+    assert not any("was measured for" in note for note in same.notes)
+    other = Trainer(model, plan, ["CPU:0", "CPU:1"]).plan
+    assert "measured for CPU:2, CPU:1, but the stages are on CPU:0, CPU:1" in (
+        str(other).replace("\n", " ")
+    )
+
+
 def test_a_user_without_a_home(monkeypatch, tmp_path):
     for name in ("HOME", "XDG_CACHE_HOME", "FDG_KERAS_CACHE"):
         monkeypatch.delenv(name, raising=False)
