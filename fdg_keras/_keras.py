@@ -475,6 +475,22 @@ def remember_failures(adapter: Any, failures: list[BaseException]) -> None:
             setattr(adapter, name, watched(getattr(adapter, name)))
 
 
+def device_of(data: Any) -> str | None:
+    """Returns where a `tf.data.Dataset` or an iterator over one is.
+
+    Private: TensorFlow's `DatasetV2._variant_tensor` and
+    `OwnedIterator._iterator_resource`.
+
+    Returns:
+        A full device name; `None` for anything else.
+    """
+    if isinstance(data, tf.data.Dataset):
+        return data._variant_tensor.device
+    if isinstance(data, tf.data.Iterator):
+        return data._iterator_resource.device
+    return None
+
+
 def train_validation_split(arrays: Any, validation_split: float) -> Any:
     """Splits arrays as `fit(validation_split=...)` does.
 

@@ -39,6 +39,8 @@ class Batches:
     Elements of `dataset` are pairs of flat tuples: the model's inputs as the
     model wants them, and the targets as `Objective` wants them.
 
+    A `tf.data.Dataset` is read on the machine that it was made on.
+
     Args:
         graph: The model.
         steps_per_epoch: Batches to draw in each epoch; the iterator then goes
@@ -64,12 +66,14 @@ class Batches:
             warn(f"Limiting steps_per_epoch to {limit}")
             steps_per_epoch = limit
         self._steps_per_epoch = steps_per_epoch
-        self._adapter = _keras.get_data_adapter(
-            steps_per_epoch=steps_per_epoch, **data
-        )
+        self._device = _keras.device_of(data["x"])
         self._failures: list[BaseException] = []
-        _keras.remember_failures(self._adapter, self._failures)
-        dataset = self._adapter.get_tf_dataset()
+        with self._there():
+            self._adapter = _keras.get_data_adapter(
+                steps_per_epoch=steps_per_epoch, **data
+            )
+            _keras.remember_failures(self._adapter, self._failures)
+            dataset = self._adapter.get_tf_dataset()
         _check_dense(dataset.element_spec)
 
         x_spec, y, weight = keras.utils.unpack_x_y_sample_weight(
@@ -101,14 +105,32 @@ class Batches:
             return tuple(inputs), (*targets, size)
 
         try:
-            self.dataset = dataset.map(arrange)
+            with self._there():
+                self.dataset = dataset.map(arrange)
         except ValueError as error:
             raise ValueError(_misfit(graph, dataset.element_spec)) from error
         inputs, _ = self.dataset.element_spec
         self.spec = Spec(inputs, _tensors_only(y), _tensors_only(weight))
         _check_shapes(inputs, graph)
         self._iterator: Any = None
-        self._length = self._adapter.num_batches
+        self._length = self._known
+
+    def _there(self) -> contextlib.AbstractContextManager:
+        """Makes things where the data set is: maybe on another machine."""
+        if self._device is None:
+            return contextlib.nullcontext()
+        return tf.device(self._device)
+
+    @property
+    def _known(self) -> int | None:
+        """Batches of an epoch, as the data tell."""
+        with self._there():
+            return self._adapter.num_batches
+
+    def _open(self) -> None:
+        with self._there():
+            self._iterator = iter(self.dataset)
+        self._drawn = 0
 
     @property
     def steps(self) -> int | None:
@@ -138,10 +160,9 @@ class Batches:
         """
         self._adapter.on_epoch_begin()
         if self._iterator is None or not self._steps_per_epoch:
-            self._iterator = iter(self.dataset)
-            self._drawn = 0
+            self._open()
         self._failures.clear()
-        limit, known = self.steps, self._adapter.num_batches
+        limit, known = self.steps, self._known
         if limit and known:
             # As Keras: no batch begins that is known not to come.
             limit = min(limit, known - self._drawn)
@@ -172,11 +193,10 @@ class Batches:
         used_up = self._length and self._drawn >= self._length
         if short or used_up:
             self._iterator = None
-        if used_up and self._adapter.num_batches and not stopped:
+        if used_up and self._known and not stopped:
             # As Keras does, also where it opens another one when the next
             # epoch begins: each opening shuffles a data set anew.
-            self._iterator = iter(self.dataset)
-            self._drawn = 0
+            self._open()
 
 
 def build_for(model: Any, x: Any) -> None:

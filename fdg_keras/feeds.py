@@ -5,6 +5,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from fdg_keras import _keras
 from fdg_keras.links import Link
 
 
@@ -23,31 +24,50 @@ class Feed:
     ):
         self._feeds = feeds
         self._targets = targets
-        with tf.device("CPU:0"):
-            self._moved = tf.Variable(0, dtype=tf.int64, trainable=False)
-        self._function: Any = None
+        # For each device that iterators are on.
+        self._loops: dict[str | None, tuple[tf.Variable, Any]] = {}
+        self._moved: tf.Variable | None = None
 
     def __call__(self, iterator: Any, count: int) -> int:
-        """Moves up to `count` batches; returns how many there were."""
+        """Moves up to `count` batches; returns how many there were.
+
+        The loop runs where the iterator is, which may be another machine.
+        """
+        device = _keras.device_of(iterator)
+        if device not in self._loops:
+            self._loops[device] = self._trace(iterator, device)
+        self._moved, loop = self._loops[device]
         self._moved.assign(0)
-        if self._function is None:
-            # Traced by hand: TensorFlow's own way warns of many trainers.
-            self._function = tf.function(
-                self._move, autograph=False
-            ).get_concrete_function(iterator, tf.TensorSpec((), tf.int32))
-        return int(self._function(iterator, tf.constant(count)))
+        return int(loop(iterator, tf.constant(count)))
 
     def moved(self) -> int:
         """Returns how many batches the last call has moved, done or not."""
-        return int(self._moved)
+        return 0 if self._moved is None else int(self._moved)
 
-    def _move(self, iterator: Any, count: tf.Tensor) -> tf.Tensor:
+    def _trace(
+        self, iterator: Any, device: str | None
+    ) -> tuple[tf.Variable, Any]:
+        with tf.device(device):
+            moved = tf.Variable(0, dtype=tf.int64, trainable=False)
+
+        def move(iterator: Any, count: tf.Tensor) -> tf.Tensor:
+            with tf.device(device):
+                return self._move(iterator, tf.identity(count), moved)
+
+        # Traced by hand: TensorFlow's own way warns of many trainers.
+        function = tf.function(move, autograph=False)
+        count = tf.TensorSpec((), tf.int32)
+        return moved, function.get_concrete_function(iterator, count)
+
+    def _move(
+        self, iterator: Any, count: tf.Tensor, total: tf.Variable
+    ) -> tf.Tensor:
         def body(fed: tf.Tensor, _: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             element = iterator.get_next_as_optional()
             more = element.has_value()
             moved = tf.cond(
                 more,
-                lambda: self._push(element.get_value()),
+                lambda: self._push(element.get_value(), total),
                 lambda: tf.constant(0),
             )
             return fed + moved, more
@@ -60,7 +80,7 @@ class Feed:
         )
         return fed
 
-    def _push(self, element: Any) -> tf.Tensor:
+    def _push(self, element: Any, total: tf.Variable) -> tf.Tensor:
         inputs, targets = element
         done = [
             operation
@@ -70,6 +90,6 @@ class Feed:
         if self._targets is not None:
             done += self._targets.enqueue(list(targets))
         with tf.control_dependencies(done):
-            done = [self._moved.assign_add(1, read_value=False)]
+            done = [total.assign_add(1, read_value=False)]
         with tf.control_dependencies(done):
             return tf.constant(1)

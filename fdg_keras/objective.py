@@ -76,7 +76,8 @@ class Objective:
             outputs = [
                 tuple(self._graph.symbols[v].shape) for v in self._graph.outputs
             ]
-            raise ValueError(
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(
                 "The targets do not fit the compiled loss or metrics: "
                 f"expected targets for outputs of shape {outputs}, received "
                 f"y and sample weights {self._structure}. Keras said: {error}"

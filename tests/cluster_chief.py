@@ -16,6 +16,7 @@ import time
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 import fdg_keras
 
@@ -44,6 +45,18 @@ def make_model(dropout=0.0):
         metrics=["accuracy"],
     )
     return model
+
+
+def data_set(device):
+    """Data that are made where they are read."""
+    with tf.device(device):
+        indices = tf.data.Dataset.range(20).shuffle(20, seed=3)
+        return indices.map(
+            lambda i: (
+                tf.random.stateless_normal([6], tf.stack([i, 0])),
+                tf.cast(i % 3, tf.int32),
+            )
+        ).batch(BATCH)
 
 
 def fit(model, devices, callbacks=(), **arguments):
@@ -163,6 +176,21 @@ def compare(devices, settings):
             histories=histories[0] == histories[1],
             weights=all((a == b).all() for a, b in zip(here, there)),
         )
+    read = []
+    for place, host in ((devices[:2], devices[0]), (["CPU:0"] * 2, "CPU:0")):
+        model, data = make_model(), data_set(host)
+        trainer = fdg_keras.Trainer(model, 2, place)
+        history = trainer.fit(data, validation_data=data, epochs=2, verbose=0)
+        iterators = [
+            list(built.pipeline.feed._loops)
+            for built in trainer._deployment._built.values()
+        ]
+        read.append((iterators, history.history, values(model)))
+    say(
+        read_on=read[0][0],
+        histories=read[0][1] == read[1][1],
+        weights=all((a == b).all() for a, b in zip(read[0][2], read[1][2])),
+    )
     remote, local = (
         fdg_keras.Trainer(make_model(), 3, place)
         for place in (devices[:3], ["CPU:0"] * 3)

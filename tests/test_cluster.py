@@ -101,7 +101,7 @@ def test_the_same_as_in_one_process(tmp_path):
         )
         assert code == 0, err
         assert workers.end() == [0] * 4
-    connected, *trainings, rest = said
+    connected, *trainings, read, rest = said
     assert connected["devices"] == [
         f"/job:worker/replica:0/task:{task}/device:CPU:0" for task in range(4)
     ]
@@ -109,6 +109,10 @@ def test_the_same_as_in_one_process(tmp_path):
     for one in trainings:
         assert one["weights"]
         assert one["histories"]
+    # The second stage's worker and the chief read nothing.
+    assert read["read_on"] == [[connected["devices"][0]]] * 2
+    assert read["weights"]
+    assert read["histories"]
     assert rest["evaluate"][0] == rest["evaluate"][1]
     assert rest["predict"]
     assert rest["checkpoint"]

@@ -221,6 +221,15 @@ def test_storage():
     assert _keras.stood_for(tf.Variable(1.0)) is None
 
 
+def test_where_data_are():
+    with tf.device("CPU:1"):
+        data = tf.data.Dataset.range(3)
+        iterator = iter(data)
+    for one in (data, iterator):
+        assert _keras.device_of(one).endswith("device:CPU:1")
+    assert _keras.device_of(np.zeros(3)) is None
+
+
 def test_layers_compute_with_the_storage_they_have_now(model):
     one = model.get_layer("one")
     x = floats(2, 4)
