@@ -7,6 +7,7 @@ that blocks), and the model must be usable, by a second `fit` too.
 """
 
 import contextlib
+import gc
 import os
 import queue
 import signal
@@ -155,9 +156,14 @@ def fails(kind, match, *notes, left=()):
 
     The threads in `left`, and no others, must be there still.
     """
+    # Collecting what all tests before have left takes ten seconds at times.
+    gc.disable()
     start = time.perf_counter()
-    with pytest.raises(kind, match=match) as caught:
-        yield
+    try:
+        with pytest.raises(kind, match=match) as caught:
+            yield
+    finally:
+        gc.enable()
     assert threads() == list(left)
     assert time.perf_counter() - max(start, Clock.started) < LIMIT_S
     written = "\n".join(getattr(caught.value, "__notes__", []))
