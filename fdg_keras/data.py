@@ -79,14 +79,7 @@ class Batches:
         x_spec, y, weight = keras.utils.unpack_x_y_sample_weight(
             dataset.element_spec
         )
-        if not all(
-            isinstance(spec, tf.TensorSpec) for spec in tf.nest.flatten(x_spec)
-        ):
-            raise ValueError(
-                "Expected a tensor for each of the model's inputs. Optional "
-                "inputs are not supported: pass zeros, say, or make a model "
-                f"without them. Received: inputs of {x_spec}"
-            )
+        _check_present(x_spec)
         _keras.check_names(graph.functional, x_spec)
         in_tuples = isinstance(dataset.element_spec, tuple)
 
@@ -305,6 +298,16 @@ def _check_dense(specs: Any) -> None:
                 "Expected dense tensors. Convert the data with "
                 "`tf.sparse.to_dense` or `.to_tensor()` before training. "
                 f"Received: {spec}"
+            )
+
+
+def _check_present(inputs: Any) -> None:
+    for spec in tf.nest.flatten(inputs):
+        if not isinstance(spec, tf.TensorSpec):
+            raise ValueError(
+                "Expected a tensor for each of the model's inputs. Optional "
+                "inputs are not supported: pass zeros, say, or make a model "
+                f"without them. Received: inputs of {inputs}"
             )
 
 

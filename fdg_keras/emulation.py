@@ -11,7 +11,6 @@ the way to debug: everything runs eagerly, in the caller's thread.
 import collections
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import keras
 import tensorflow as tf
@@ -94,21 +93,22 @@ class Emulation:
                     compiled,
                 )
             )
-        self._run_batch: Any = self._batch
-        if not run_eagerly:
-            # Traced now, so that what cannot be trained is refused before
-            # training starts; and once for all batches, whatever their size.
-            targets = tuple(objective.target_specs) if objective else ()
-            self._run_batch = tf.function(
-                self._batch,
-                input_signature=(
-                    spec.inputs,
-                    targets,
-                    tf.TensorSpec((), tf.int64),
-                ),
-                autograph=False,
-            )
-            self._run_batch.get_concrete_function()
+        self._run_batch = self._batch if run_eagerly else self._trace(spec)
+
+    def _trace(self, spec: Spec) -> Callable[..., list]:
+        """Returns `_batch`, compiled once for batches of whatever size.
+
+        So what cannot be trained is refused before training starts.
+        """
+        targets = tuple(self._objective.target_specs) if self._objective else ()
+        batch = tf.TensorSpec((), tf.int64)
+        function = tf.function(
+            self._batch,
+            input_signature=(spec.inputs, targets, batch),
+            autograph=False,
+        )
+        function.get_concrete_function()
+        return function
 
     # -- Running --------------------------------------------------------------
 

@@ -26,7 +26,7 @@ def assumptions(graph: Graph, uncounted: Sequence[int]) -> tuple[str, ...]:
         uncounted: Stages of which not all bytes are counted.
     """
     notes = []
-    open_ = [s for s in graph.symbols if s.shape and None in s.shape[1:]]
+    open_ = graph.open_symbols()
     if open_:
         note = (
             "Sizes that the model leaves open were taken for 1, of "
@@ -59,9 +59,10 @@ def expected(found: Plan, processor_s: float, shared: bool) -> Plan:
         load[stage.device] = load.get(stage.device, 0.0) + (stage.tick_s or 0.0)
     count = len(found.stages)
     cores = len(os.sched_getaffinity(0))
-    # Without delay a batch has passed all stages, and come back, before the
-    # next one begins.
-    step_s = (sum if found.delay == 0 else max)(load.values())
+    step_s = max(load.values())
+    if found.delay == 0:
+        # A batch has passed all stages, and come back, before the next begins.
+        step_s = sum(load.values())
     if shared and count > 1:
         step_s = max(step_s, (processor_s + count * TICK_S) / cores)
     found = dataclasses.replace(found, step_s=step_s)

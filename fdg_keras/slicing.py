@@ -101,6 +101,10 @@ class Graph:
         self.symbols.append(symbol)
         return len(self.symbols) - 1
 
+    def open_symbols(self) -> list[Any]:
+        """Returns the symbols of which more than the batch size is open."""
+        return [s for s in self.symbols if s.shape and None in s.shape[1:]]
+
     def forbidden_cuts(self) -> dict[int, str]:
         """Returns the cuts that would share a variable between stages.
 

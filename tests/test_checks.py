@@ -448,3 +448,23 @@ def test_layers_that_were_added_since():
             run(X, Y, verbose=0)
     with pytest.raises(ValueError, match="other layers than when"):
         trainer.predict(X, verbose=0)
+
+
+def test_summaries_of_layers(tmp_path):
+    class Told(layers.Layer):
+        def call(self, x):
+            tf.summary.scalar("highest", tf.reduce_max(x), step=0)
+            return x * 1.0
+
+    model = model_of(Told(), layers.Dense(3), layers.Dense(2))
+    with tf.summary.create_file_writer(str(tmp_path)).as_default():
+        trainer = fdg_keras.Trainer(model, 2, ["CPU:0", "CPU:1"])
+        trainer.fit(X, Y, batch_size=4, verbose=0)
+    (path,) = tmp_path.iterdir()
+    # Names of scopes are before it.
+    tags = [
+        value.tag.rpartition("/")[2]
+        for event in tf.compat.v1.train.summary_iterator(str(path))
+        for value in event.summary.value
+    ]
+    assert tags == ["highest"] * 4

@@ -134,46 +134,46 @@ def test_slow_links_are_cut_where_little_crosses(monkeypatch):
     assert plan.stages[0].sends_bytes == 4 * 8
 
 
-def test_a_slow_device_gets_less_to_do(monkeypatch):
+@pytest.fixture
+def with_a_slow_device(monkeypatch):
+    """Plans layers for CPU:0, so many times as slow, and CPU:1; who was asked.
+
+    Layers take a second on CPU:1.
+    """
+
+    def planned(times, count):
+        measured = []
+
+        def pretend(graph, batch_size, device, *rest):
+            measured.append(device[-1])
+            seconds = times if device.endswith("0") else 1.0
+            return [
+                dataclasses.replace(p, forward_s=seconds, backward_s=0.0)
+                for p in profile(graph, batch_size, device, False, False)
+            ]
+
+        free = UpdateRate(0.0, 1.0)
+        monkeypatch.setattr(planner, "description", lambda name: name)
+        monkeypatch.setattr(planner, "profile", pretend)
+        monkeypatch.setattr(planner, "update_rate", lambda *_: free)
+        alike = [layers.Dense(4) for _ in range(count)]
+        model = _compiled(keras.Sequential([keras.Input((4,)), *alike]))
+        plan = fdg_keras.plan(model, 2, 8, ["CPU:0", "CPU:1"])
+        assert measured == ["0", "1"]
+        return plan
+
+    return planned
+
+
+def test_a_slow_device_gets_less_to_do(with_a_slow_device):
     """Of devices that differ, each is measured."""
-    measured = []
-
-    def slower(graph, batch_size, device, *rest):
-        measured.append(device[-1])
-        seconds = 3.0 if device.endswith("0") else 1.0
-        return [
-            dataclasses.replace(p, forward_s=seconds, backward_s=0.0)
-            for p in profile(graph, batch_size, device, False, False)
-        ]
-
-    monkeypatch.setattr(planner, "description", lambda name: name)
-    monkeypatch.setattr(planner, "profile", slower)
-    monkeypatch.setattr(planner, "update_rate", lambda *_: UpdateRate(0.0, 1.0))
-    model = keras.Sequential(
-        [keras.Input((4,)), *(layers.Dense(4) for _ in range(8))]
-    )
-    plan = fdg_keras.plan(_compiled(model), 2, 8, ["CPU:0", "CPU:1"])
-    assert measured == ["0", "1"]
+    plan = with_a_slow_device(3.0, 8)
     assert [len(stage.layers) for stage in plan.stages] == [2, 6]
 
 
-def test_speed_is_compared_with_the_fastest_device(monkeypatch):
+def test_speed_is_compared_with_the_fastest_device(with_a_slow_device):
     """Two devices, of which the first is slow, are not ten times one."""
-
-    def slower(graph, batch_size, device, *rest):
-        seconds = 10.0 if device.endswith("0") else 1.0
-        return [
-            dataclasses.replace(p, forward_s=seconds, backward_s=0.0)
-            for p in profile(graph, batch_size, device, False, False)
-        ]
-
-    monkeypatch.setattr(planner, "description", lambda name: name)
-    monkeypatch.setattr(planner, "profile", slower)
-    monkeypatch.setattr(planner, "update_rate", lambda *_: UpdateRate(0.0, 1.0))
-    model = keras.Sequential(
-        [keras.Input((4,)), *(layers.Dense(4) for _ in range(12))]
-    )
-    plan = fdg_keras.plan(_compiled(model), 2, 8, ["CPU:0", "CPU:1"])
+    plan = with_a_slow_device(10.0, 12)
     assert [len(stage.layers) for stage in plan.stages] == [1, 11]
     assert plan.whole_s == pytest.approx(12.0)
     assert plan.speed_up == pytest.approx(12 / 11, rel=1e-3)
@@ -210,6 +210,8 @@ def test_a_plan_of_another_size_of_inputs():
     Trainer(convolutions(16), plan, ["CPU:0"] * 2)
     with pytest.raises(ValueError, match=r"another size of inputs.*elements"):
         Trainer(convolutions(24), plan, ["CPU:0"] * 2)
+    # One of open sizes is planned by one whose sizes are given.
+    Trainer(convolutions(None), plan, ["CPU:0"] * 2)
 
 
 def test_a_plan_on_other_devices_says_so(tmp_path):
