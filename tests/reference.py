@@ -107,6 +107,11 @@ def stage_weights(model: keras.Model, stages) -> list[list[keras.Variable]]:
     return weights
 
 
+def weights_of_groups(model, groups):
+    """Trainable variables of each stage, from the names of its layers."""
+    return stage_weights(model, [find_layers(model, g) for g in groups])
+
+
 def own_loss(layers) -> tf.Tensor:
     """Regularizers, activity losses and `add_loss` of a stage's layers."""
     holder = keras.layers.Layer()
@@ -149,6 +154,8 @@ def make_optimizers(optimizer, weights):
 def apply(optimizer, gradients, weights) -> None:
     """One update; Keras itself refuses a step in which nothing has any."""
     if any(gradient is not None for gradient in gradients):
+        if scale := optimizer.loss_scale_factor:  # divided by when applied
+            gradients = [None if g is None else scale * g for g in gradients]
         optimizer.apply(gradients, weights)
 
 
@@ -189,6 +196,7 @@ def train(
     order: str = "forward_first",
     epochs: int = 1,
     on_epoch_end: Callable[[], None] = lambda: None,
+    optimizers: Sequence[keras.optimizers.Optimizer | None] | None = None,
     predict: bool = False,
     compensate: float = 0.0,
     reschedule: float = 0.0,
@@ -210,6 +218,7 @@ def train(
         order: `"forward_first"` or `"update_first"`.
         epochs: Number of passes; each one drains at its end.
         on_epoch_end: Called after each drain.
+        optimizers: Those of a former result, to go on with.
         predict: Whether F(b) uses the weights that momentum leads to.
         compensate: lambda of the delay compensation.
         reschedule: T of the learning-rate rescheduling, in updates.
@@ -219,7 +228,7 @@ def train(
     K, n = len(stages), len(batches)
     d = [delay * (K - 1 - k) for k in range(K)]
     weights = stage_weights(model, stages)
-    optimizers = make_optimizers(optimizer, weights)
+    optimizers = list(optimizers or make_optimizers(optimizer, weights))
     result = Result([], batch_sizes(batches), [], optimizers)
     # Updates between F(b) and B(b).
     tau = [max(i - (order == "update_first"), 0) for i in d]
