@@ -15,6 +15,7 @@ The stash mode decides where to cut:
 Knows nothing of Keras or of threads.
 """
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -201,6 +202,17 @@ class Crossing:
             sum(n or 0 for name, n in owners.items() if name not in weights),
             sum(n or 0 for name, n in owners.items() if name in weights),
             sum(n is None for n in owners.values()),
+        )
+
+    def is_cheap(self, batch_size: int) -> bool:
+        """Whether `"selective"` may run all of the forward again."""
+        sizes = self._sizes(batch_size)
+        arguments = [*self._weights, *self._state, *self._inputs]
+        given = {t.op.name for t in arguments}
+        return all(
+            recompute.moved(op, sizes) < math.inf
+            for op in self._varying()
+            if op.name not in given
         )
 
     def owners(self, stash: Stash, batch_size: int) -> dict[str, int | None]:

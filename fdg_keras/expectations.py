@@ -1,6 +1,7 @@
 """What a plan promises, and what it had to assume."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Sequence
 
@@ -51,7 +52,8 @@ def expected(found: Plan, processor_s: float, shared: bool) -> Plan:
 
     Args:
         found: A plan whose stages have times.
-        processor_s: Seconds of all cores together that the model takes.
+        processor_s: Seconds of all cores together that the model takes, by
+            back-propagation.
         shared: Whether all devices are the cores of one machine.
     """
     load: dict[str, float] = {}
@@ -63,6 +65,9 @@ def expected(found: Plan, processor_s: float, shared: bool) -> Plan:
     if found.delay == 0:
         # A batch has passed all stages, and come back, before the next begins.
         step_s = sum(load.values())
+    if found.stash in ("selective", "replay"):
+        again_s = sum(stage.again_s or 0.0 for stage in found.stages)
+        processor_s *= 1 + again_s / (found.whole_s or math.inf)
     if shared and count > 1:
         step_s = max(step_s, (processor_s + count * TICK_S) / cores)
     found = dataclasses.replace(found, step_s=step_s)

@@ -201,8 +201,10 @@ class Linearized:
         """Returns what `stash="exact"` keeps, after `cut`, and where it is."""
         weights, _, inputs = self._arguments
         found: dict[str, int | None] = {}
+        cheap = False
         if self._crossing is not None:
             found = self._crossing.owners("exact", batch_size)
+            cheap = self._crossing.is_cheap(batch_size)
         outputs = [recompute.owner(t).name for t in self._result.outputs]
         arguments = [t.name for t in inputs]
         named = {*arguments, *outputs, *(t.name for t in weights)}
@@ -218,6 +220,7 @@ class Linearized:
                 size or 0 for name, size in found.items() if name not in named
             ),
             unsized=sum(size is None for size in found.values()),
+            cheap=cheap,
         )
 
     def _constant(self, by_weights: list) -> set[str]:
@@ -302,6 +305,7 @@ class Kept:
         views: For each output the input whose memory it is, if it is one's.
         other_bytes: Of what is none of these.
         unsized: How many tensors are of unknown size, and not counted.
+        cheap: Whether `"selective"` may run all of the forward again.
     """
 
     weights: tuple[bool, ...]
@@ -310,6 +314,7 @@ class Kept:
     views: tuple[int | None, ...]
     other_bytes: int
     unsized: int
+    cheap: bool
 
 
 @dataclass

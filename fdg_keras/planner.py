@@ -67,8 +67,9 @@ def plan(
         stash: The stash mode, likewise, and for the time of its backward.
             What `"selective"` keeps is known of whole stages only: cuts are
             chosen, and held to `memory_limit`, as for `"exact"`, which holds
-            more; the bytes of the plan are its own. The time that it spends on
-            running operations again is not counted.
+            more; the bytes of the plan are its own. Of the time that it spends
+            on running operations again, that of layers is counted of which all
+            are cheap; not, say, of the activation of a dense layer.
         measure: Whether to measure. If not, cuts balance operation counts, as
             those of `Trainer(splits=K)` do, and no times are known.
         memory_limit: Bytes that a device may hold. Stages that share a device
@@ -166,11 +167,13 @@ class _Kind:
         forward = np.array([p.forward_s for p in self.profiles])
         return np.stack([forward, backward], -1)
 
-    @property
-    def again(self) -> np.ndarray:
-        """Seconds `[nodes]` of forwards that a replaying backward repeats."""
+    def again(self, cheap_only: bool) -> np.ndarray:
+        """Returns seconds `[nodes]` of forwards that a backward runs again."""
         return np.array(
-            [p.forward_s * (p.backward_s > 0) for p in self.profiles]
+            [
+                p.forward_s * (p.backward_s > 0 and (p.cheap or not cheap_only))
+                for p in self.profiles
+            ]
         )
 
 
@@ -192,9 +195,15 @@ class _Times:
         self, kinds: Sequence[_Kind], ledger: Ledger, paid: np.ndarray
     ):
         self._times = np.array([kind.seconds(ledger) for kind in kinds])
-        self._again = np.array([kind.again for kind in kinds])
         self.whole_s = float(self._times.sum((1, 2)).min())
-        if ledger.stash == "replay":
+        selective = ledger.stash == "selective"
+        self._again = np.array([kind.again(selective) for kind in kinds])
+        if selective:
+            for k in range(len(kinds)):
+                # With nothing in flight, nothing is run again.
+                if not stage_delay(k, len(kinds), ledger.delay):
+                    self._again[k] = 0.0
+        if ledger.stash in ("selective", "replay"):
             self._times[..., 1] += self._again
         self.nodes = self._times.sum(-1)
         self.paid = paid

@@ -27,6 +27,7 @@ class Profile:
         views: For each output which distinct input it is in another shape, if
             it is one: both are the same memory.
         unsized: How many tensors the backward reads whose bytes are unknown.
+        cheap: Whether `stash="selective"` may run the whole forward again.
     """
 
     forward_s: float
@@ -37,7 +38,8 @@ class Profile:
     keeps_weights: tuple[bool, ...]
     keeps_bytes: int
     views: tuple[int | None, ...]
-    unsized: int = 0
+    unsized: int
+    cheap: bool
 
 
 class ProfileCache:
@@ -109,6 +111,7 @@ def _is_right(found: Profile, inputs: int, outputs: int, weights: int) -> bool:
         and _are(found.keeps_outputs, outputs, (False, True))
         and _are(found.keeps_weights, weights, (False, True))
         and _are(found.views, outputs, indices)
+        and isinstance(found.cheap, bool)
     )
 
 

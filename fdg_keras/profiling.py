@@ -152,6 +152,7 @@ class _Piece:
             keeps_bytes=kept.other_bytes,
             views=kept.views[: len(node.outputs)],
             unsized=kept.unsized,
+            cheap=kept.cheap,
         )
 
     @functools.cached_property

@@ -20,6 +20,7 @@ Prints, for each network and stash mode, each in a process of its own:
                come to if each stage were at its peak at once. What the
                allocator sets aside and never gives back is not planned
     step       milliseconds per step with all stages busy (median of the rounds)
+    expected   the same as a plan says, cut where it is best by its measurement
 
 `--json` has all that for each stage, too. Devices and threads as in
 `bench_speed.py`.
@@ -30,6 +31,7 @@ import contextlib
 import json
 import multiprocessing
 import statistics
+import tempfile
 from pathlib import Path
 
 import bench_speed
@@ -115,20 +117,30 @@ class Stages(bench_speed.Linked):
             finally:
                 pipeline.loops = loops
 
+    def plan(self, batch, **arguments):
+        """Plans as many stages."""
+        return plan(
+            self._model,
+            len(self.stages),
+            batch,
+            [stage.device for stage in self.stages],
+            self._delay,
+            self._stash,
+            **arguments,
+        )
+
+    def expected(self, batch):
+        """Seconds per step that a plan says, with all layers measured anew."""
+        with tempfile.TemporaryDirectory() as fresh:
+            return self.plan(batch, cache_dir=fresh).step_s
+
     def planned(self, batch):
         """Yields a plan's bytes of each stage: between two ticks, and at most.
 
         At most means without what is there before training.
         """
-        splits = len(self.stages)
-        found = plan(
-            self._model,
-            splits,
-            batch,
-            delay=self._delay,
-            stash=self._stash,
-            measure=False,
-        )
+        # Cut as the stages are.
+        found = self.plan(batch, measure=False)
         for stage, sized in zip(self.stages, found.stages):
             # A plan counts the batch that is between F and B, too.
             last = stage.stash_bytes(self._stash, batch).batch
@@ -213,6 +225,7 @@ def measure(network, batch, splits, delay, stash, steps, rounds):
         },
         "grown_bytes": grown,
         "step_ms": statistics.median(times),
+        "expected_ms": 1e3 * stages.expected(batch),
         "rounds_ms": times,
         "stages": found,
     }
@@ -252,7 +265,7 @@ def _row(case):
         f"{mib['held_bytes']:>10.1f}{planned:>8.3f}{predicted:>7.3f}"
         f"{mib['at_most_bytes']:>10.1f}"
         f"{mib['grown_bytes']:>10.1f}{mib['planned_peak_bytes']:>10.1f}"
-        f"{case['step_ms']:>10.1f}"
+        f"{case['step_ms']:>10.1f}{case['expected_ms']:>10.1f}"
     )
 
 
@@ -275,7 +288,7 @@ def main():
     print(
         f"{'network':<12}{'stash':<10}{'planned':>10}{'predicted':>10}"
         f"{'held':>10}{'ratios':>15}{'at most':>10}{'grown':>10}"
-        f"{'peak':>10}{'step':>10}"
+        f"{'peak':>10}{'step':>10}{'expected':>10}"
     )
     sizes = (args.batch, args.splits, args.delay)
     # A process for each case: memory that was freed may stay with it.
