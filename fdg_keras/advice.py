@@ -9,6 +9,7 @@ import numpy as np
 
 from fdg_keras.planning import balance, legal_ends
 from fdg_keras.plans import Plan
+from fdg_keras.profiling import description
 from fdg_keras.slicing import Graph
 
 # Advice that promises less than this part of a tick is not given.
@@ -38,7 +39,9 @@ def with_measured(graph: Graph, plan: Plan, measured: Measured) -> Plan:
     """Returns a plan with what its stages were seen to do, and advice.
 
     What a stage took, over what was expected, scales the costs of its layers;
-    cuts that balance the scaled costs are the advice.
+    cuts that balance the scaled costs are the advice. It rests on layers that
+    take as long in another stage: if devices are of several kinds, there is
+    none. Memory is not looked at.
 
     Args:
         graph: The model.
@@ -109,6 +112,11 @@ def _advice(graph: Graph, plan: Plan, measured: Measured) -> str:
             f"{took}. After {_TICKS} in one epoch it will be said which cut to "
             "move."
         )
+    if len({description(stage.device) for stage in plan.stages}) > 1:
+        return (
+            f"{took}. Devices are of several kinds: `fdg_keras.plan` measures "
+            "layers on each, and finds the cuts."
+        )
     splits = len(seconds)
     nodes = np.tile(costs, (splits, 1))
     found = balance(legal_ends(graph, splits), nodes, np.zeros(nodes.shape))
@@ -123,4 +131,7 @@ def _advice(graph: Graph, plan: Plan, measured: Measured) -> str:
         for old, new in zip(now, found)
         if old != new
     )
-    return f"{took}. Cut {moves}: then it should be {1e3 * best:.3g} ms."
+    return (
+        f"{took}. Cut {moves}: then it should be {1e3 * best:.3g} ms. Whether "
+        "that fits in memory, `fdg_keras.plan` knows."
+    )

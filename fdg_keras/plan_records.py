@@ -5,6 +5,8 @@ import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from fdg_keras.resources import STASHES
+
 #: Of the format. Another version is not read.
 VERSION = 1
 
@@ -90,9 +92,11 @@ _SECONDS = _maybe("seconds, 0 or more", _is_number)
 
 _OF_PLANS = {
     "stages": ("a list", _all(lambda _: True)),
-    "batch_size": _maybe(_COUNT, _is_count),
+    "batch_size": _maybe(
+        "a whole number, 1 or more", lambda value: _is_count(value) and value
+    ),
     "delay": _maybe(_COUNT, _is_count),
-    "stash": _maybe("a mode", _is_text),
+    "stash": _maybe(f"one of {STASHES}", lambda value: value in STASHES),
     "step_s": _SECONDS,
     "whole_s": _SECONDS,
     "measured_step_s": _SECONDS,

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
+from fdg_keras.plan_pictures import Bar, draw
 from fdg_keras.plan_records import VERSION, check_plan
 from fdg_keras.resources import Cost, StageBytes
 
@@ -35,8 +36,9 @@ class StagePlan:
             for a batch, or else its estimated operations.
         forward_s: Seconds of a batch's forward, sending included.
         backward_s: Seconds of a batch's backward, with the update and with
-            sending, and with `stash="replay"` with the forward again.
-        again_s: Seconds that `stash="replay"` runs its forward again.
+            sending, and with what the stash mode runs again of the forward.
+        again_s: Seconds that `"selective"` runs its forward again, if that is
+            the plan's stash mode; else those that `"replay"` does.
         sends_s: Those of `forward_s` that handing over to the next stage takes.
         returns_s: Likewise of `backward_s`, to the stage before.
         sends_bytes: What crosses the cut after it with a batch.
@@ -259,7 +261,10 @@ class Plan:
             stages = tuple(map(_stage, record.pop("stages")))
             notes = tuple(record.pop("notes"))
             return cls(stages=stages, notes=notes, **record)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (
+            *(ValueError, TypeError, KeyError, AttributeError),
+            RecursionError,  # of thousands of brackets
+        ) as error:
             raise ValueError(
                 "Expected the text that `Plan.to_json` returns, of this "
                 f"version of fdg_keras; {error}. Received: {str(text)[:80]!r}"
@@ -271,7 +276,8 @@ class Plan:
         Returns:
             A picture, 900 pixels wide: for each stage its forward, its backward
             and its waiting for the slowest, or its share of the work if no
-            times are known; and its peak memory, if that is known.
+            times are known; and its peak memory, if that is known. After
+            training, a thin bar below is what it was measured to compute.
         """
         return _draw(self)
 
@@ -296,12 +302,6 @@ def _mib(count: int | None) -> str:
     return "" if count is None else f"{count / _MIB:,.1f}"
 
 
-# In pixels.
-_WIDTH, _LEFT, _RIGHT, _TOP, _ROW, _BAR = 900, 110, 190, 64, 54, 30
-_INK, _GREY, _PAPER = "#222222", "#767676", "#ffffff"
-_FORWARD, _BACKWARD = "#3f68a8", "#b9611b"
-
-
 def _draw(plan: Plan) -> Image.Image:
     stages = plan.stages
     known = all(stage.tick_s is not None for stage in stages)
@@ -309,40 +309,27 @@ def _draw(plan: Plan) -> Image.Image:
         (s.forward_s or 0.0, s.backward_s or 0.0) if known else (s.operations,)
         for s in stages
     ]
-    longest = max(max(map(sum, parts)), plan.step_s or 0.0) or 1.0
-    picture = Image.new("RGB", (_WIDTH, _TOP + _ROW * len(stages) + 10), _PAPER)
-    pen = ImageDraw.Draw(picture)
-    small, large = ImageFont.load_default(13), ImageFont.load_default(16)
-    title = (
-        f"Forward and backward, {1e3 * longest:.3g} ms a step"
-        if known
-        else "Estimated operations"
-    )
-    pen.text((_LEFT, 12), title, _INK, large)
-    pen.text((_LEFT, 36), _legend(plan, known), _GREY, small)
-    for k, (stage, lengths) in enumerate(zip(stages, parts)):
-        top = _TOP + k * _ROW
-        pen.text((12, top + 6), f"stage {k}", _INK, small)
-        left = float(_LEFT)
-        full = _WIDTH - _LEFT - _RIGHT
-        pen.rectangle((_LEFT, top, _LEFT + full, top + _BAR), None, "#cccccc")
-        for length, colour in zip(lengths, (_FORWARD, _BACKWARD)):
-            right = left + full * length / longest
-            pen.rectangle((left, top, right, top + _BAR), colour)
-            left = right
-        text = f"{100 * sum(lengths) / longest:.0f} %"
-        if stage.peak_bytes is not None:
-            text += f", {_mib(stage.peak_bytes)} MiB"
-        pen.text((_LEFT + full + 12, top + 6), text, _INK, small)
-        span = f"{stage.layers[0]} to {stage.layers[-1]}"
-        pen.text((_LEFT, top + _BAR + 2), span[:90], _GREY, small)
-    return picture
-
-
-def _legend(plan: Plan, known: bool) -> str:
+    whole = max(*map(sum, parts), plan.step_s or 0.0) or 1.0
+    bars = [
+        Bar(
+            name=f"stage {k}",
+            parts=lengths,
+            seen=stage.measured_s if known else None,
+            text=f"{100 * sum(lengths) / whole:.0f} %"
+            + ("" if memory is None else f", {_mib(memory)} MiB"),
+            span=f"{stage.layers[0]} to {stage.layers[-1]}",
+        )
+        for k, (stage, lengths) in enumerate(zip(stages, parts))
+        for memory in [stage.peak_bytes]
+    ]
     if not known:
-        return f"{len(plan.stages)} stages, of a forward of one sample"
-    return (
+        legend = f"{len(stages)} stages, of a forward of one sample"
+        return draw("Estimated operations", legend, bars, whole)
+    measured = any(bar.seen is not None for bar in bars)
+    return draw(
+        f"Forward and backward, {1e3 * whole:.3g} ms a step",
         f"blue: forward, orange: backward and update, of {plan.batch_size} "
-        "samples; % of the step, peak memory"
+        f"samples; {'black: measured; ' * measured}% of the step, peak memory",
+        bars,
+        whole,
     )

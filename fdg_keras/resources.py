@@ -154,7 +154,15 @@ def peak_bytes(
         schedule: As in `simulate`.
         stash: Likewise.
         capacity: Likewise.
+
+    Raises:
+        ValueError: If `stash` or `capacity` is out of range.
     """
+    if stash not in STASHES:
+        raise ValueError(
+            f"Expected `stash` to be one of {STASHES}. Received: "
+            f"stash={stash!r}"
+        )
     if capacity is None:
         capacity = schedule.capacity
     check_whole("capacity", capacity, "the units that fit in a link", 1)

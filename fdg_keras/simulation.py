@@ -22,7 +22,6 @@ import numpy as np
 
 from fdg_keras.network import Network, Stage, Wire, connect
 from fdg_keras.resources import (
-    STASHES,
     Cable,
     Cost,
     Stash,
@@ -119,7 +118,7 @@ def simulate(
         ValueError: If an argument is out of range, or stages wait for each
             other in a circle, because links are too small.
     """
-    cables = _check(costs, cables, stash, overhead_s, jitter)
+    cables = _check(costs, cables, overhead_s, jitter)
     if devices is None:
         devices = len(costs)
     if capacity is None:
@@ -233,7 +232,6 @@ def _result(stage: Stage, needed: float) -> StageResult:
 def _check(
     costs: Sequence[Cost],
     cables: Cable | Sequence[Cable],
-    stash: str,
     overhead_s: float,
     jitter: float,
 ) -> Sequence[Cable]:
@@ -250,11 +248,6 @@ def _check(
             "Expected `cables` to be one `Cable` for all cuts, or one for "
             f"each of the {len(costs) - 1} cuts between {len(costs)} stages. "
             f"Received: {len(cables)} of them"
-        )
-    if stash not in STASHES:
-        raise ValueError(
-            f"Expected `stash` to be one of {STASHES}. Received: "
-            f"stash={stash!r}"
         )
     check_number("overhead_s", overhead_s, "seconds, 0 or more")
     check_number("jitter", jitter, "a part of the time of a pass, 0 or more")

@@ -173,6 +173,11 @@ def simulate_all(costs: list[Cost]) -> tuple[dict[str, float], float]:
 
 def writable(path: pathlib.Path) -> pathlib.Path:
     """Returns the path of a picture, if there can be one."""
+    if path.suffix != ".svg":
+        raise app.UsageError(
+            "Expected --plot to end in .svg, which is what is drawn. Received: "
+            f"--plot={FLAGS.plot}"
+        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -195,7 +195,10 @@ def test_curves():
     texts = [element.text for element in svg.iter(f"{name}text")]
     assert {"a<b", "c", "seconds", "error, %"} <= set(texts)
     # One run of one epoch has no length and no height.
-    assert "nan" not in figures.draw({"one": [(1, 50.0)]}, "epoch", "error, %")
+    one = figures.draw({"one": [(1, 50.0)]}, "epoch", "error, %")
+    assert "nan" not in one
+    assert one.count("<circle") == 1
+    assert "<circle" not in text
 
 
 def test_a_folder_of_other_settings_is_refused(tmp_path):

@@ -231,7 +231,7 @@ def test_a_user_without_a_home(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     cache = ProfileCache(None)
-    cache.write("key", Profile(0.0, 0.0, 0.0, (), (), (), 0, ()))
+    cache.write("key", Profile(0.0, 0.0, 0.0, (), (), (), 0, (), 0, True))
     assert cache.read("key", 0, 0, 0) is None
     assert not list(tmp_path.iterdir())
 
@@ -408,7 +408,7 @@ def test_code_of_the_user_is_told_apart(pieces):
 
 def test_a_cache_never_fails(tmp_path):
     found = Profile(
-        1.0, 2.0, 3.0, (True, False), (False,), (True,), 12, (0,), 1
+        1.0, 2.0, 3.0, (True, False), (False,), (True,), 12, (0,), 1, False
     )
     cache = ProfileCache(tmp_path)
     cache.write("one", found)
@@ -506,7 +506,7 @@ def test_a_plan_travels_as_text():
     assert Plan.from_json(plan.to_json()) == plan
     record = json.loads(plan.to_json())
     record["version"] = 99
-    for text in ("", "[]", "{}", json.dumps(record), "7"):
+    for text in ("", "[]", "{}", json.dumps(record), "7", "[" * 100_000):
         with pytest.raises(ValueError, match=r"Plan.to_json.*Received"):
             Plan.from_json(text)
 
@@ -519,6 +519,8 @@ def test_a_plan_travels_as_text():
         ("stages", {}),
         ("stages", [3]),
         ("batch_size", "x"),
+        ("batch_size", 0),
+        ("stash", "all"),
         ("delay", -1),
         ("step_s", "fast"),
         ("notes", [1]),
@@ -594,6 +596,36 @@ def test_replay_takes_a_forward_more(monkeypatch):
         sum(s.tick_s for s in kept.stages), rel=0.2
     )
     assert all(stage.again_s > 0 for stage in again.stages)
+
+
+def test_selective_runs_cheap_layers_again():
+    made = [
+        keras.layers.Dense(16),
+        keras.layers.BatchNormalization(),
+        keras.layers.Activation("gelu"),
+        keras.layers.Dropout(0.5),
+        keras.layers.Dense(16, "tanh"),
+        keras.layers.LayerNormalization(),
+    ]
+    model = keras.Sequential([keras.Input((16,)), *made])
+    profiles = profile(trace_graph(model), 8, DEVICE)
+    assert [p.cheap for p in profiles] == [
+        False,
+        True,
+        True,
+        False,
+        False,
+        True,
+    ]
+    plan = fdg_keras.plan(model, 2, 8, ["CPU:0", "CPU:1"], stash="selective")
+    first, last = plan.stages
+    cheap = sum(p.forward_s for p in profiles[: len(first.layers)] if p.cheap)
+    assert first.again_s == pytest.approx(cheap, rel=0.5)
+    assert last.again_s == 0  # It has nothing in flight.
+    without = fdg_keras.plan(
+        model, 2, 8, ["CPU:0", "CPU:1"], 0, stash="selective"
+    )
+    assert all(stage.again_s == 0 for stage in without.stages)
 
 
 def test_selective_has_its_batch_again_in_the_backward():
@@ -815,6 +847,10 @@ def test_advice_moves_a_cut_from_the_slowest_stage():
     note = with_measured(graph, plan, Measured(seconds, 0.1, 100)).notes[-1]
     assert "stage 1 is the slowest" in note
     assert "Cut after 'conv3' instead of 'conv0'" in note
+    mixed = plan.on(["/job:worker/task:0/device:CPU:0", plan.stages[1].device])
+    note = with_measured(graph, mixed, Measured(seconds, 0.1, 100)).notes[-1]
+    assert "stage 1 is the slowest" in note
+    assert "Devices are of several kinds: `fdg_keras.plan` measures" in note
     balanced = Trainer(model, ["conv3"], ["CPU:0", "CPU:1"]).plan
     measured = Measured([1e-3, 1.01e-3], 0.1, 100)
     note = with_measured(graph, balanced, measured).notes[-1]
@@ -928,3 +964,18 @@ def test_a_picture():
     orange = (picture == (0xB9, 0x61, 0x1B)).all(-1).sum()
     assert blue == pytest.approx(orange, rel=0.05)
     assert blue == pytest.approx(1.5 * 300 * 31, rel=0.1)
+
+
+def test_a_picture_of_what_was_measured():
+    """A thin bar says what a stage took, at the scale of the others."""
+    found = plan_of(0.1, 0.2, step_s=0.2, whole_s=0.3)
+    before = (np.array(found.plot()) == (0x22, 0x22, 0x22)).all(-1)
+    seen = tuple(
+        dataclasses.replace(stage, measured_s=seconds)
+        for stage, seconds in zip(found.stages, (0.1, 0.4))
+    )
+    picture = np.array(dataclasses.replace(found, stages=seen).plot())
+    after = (picture == (0x22, 0x22, 0x22)).all(-1)
+    rows = [after[top : top + 7, 110:710].sum(1) for top in (88, 142)]
+    assert [set(row) for row in rows] == [{151}, {600}]
+    assert not before[88, 110:710].any()

@@ -84,6 +84,11 @@ def draw(curves: Mapping[str, Points], x_name: str, y_name: str) -> str:
         path = " ".join("{:.1f},{:.1f}".format(*place(*at)) for at in curve)
         y = _FOOT + 70 + 22 * index
         line = f'fill="none" stroke="{colour}" stroke-width="2"'
+        if len(curve) == 1:  # A line of one point is not seen.
+            x, y0 = place(*curve[0])
+            parts.append(
+                f'<circle cx="{x:.1f}" cy="{y0:.1f}" r="4" fill="{colour}"/>'
+            )
         parts += [
             f'<polyline points="{path}" {line}/>',
             f'<path d="M{_LEFT} {y}h28" {line}/>',
