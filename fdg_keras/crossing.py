@@ -224,3 +224,63 @@ class Crossing:
         sizes = self._sizes(batch_size)
         owners = {recompute.owner(t).name for t in self.kept(stash)}
         return {name: sizes[name] for name in owners - {*self._constant}}
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Whose memory a backward reads.
+
+    Attributes:
+        weights: For each weight whether its is read.
+        inputs: For each input.
+        outputs: For each output.
+        views: For each output the input whose memory it is, if it is one's.
+        other_bytes: Of what is none of these.
+        unsized: How many tensors are of unknown size, and not counted.
+        cheap: Whether `"selective"` may run all of the forward again.
+    """
+
+    weights: tuple[bool, ...]
+    inputs: tuple[bool, ...]
+    outputs: tuple[bool, ...]
+    views: tuple[int | None, ...]
+    other_bytes: int
+    unsized: int
+    cheap: bool
+
+
+def kept_by(
+    crossing: Crossing | None,
+    weights: Sequence[tf.Tensor],
+    inputs: Sequence[tf.Tensor],
+    outputs: Sequence[tf.Tensor],
+    batch_size: int,
+) -> Kept:
+    """Returns what `"exact"` keeps, and whose memory it is.
+
+    Args:
+        crossing: `None` if there is no backward.
+        weights: Of the forward.
+        inputs: Likewise.
+        outputs: Likewise.
+        batch_size: Samples of a batch.
+    """
+    found: dict[str, int | None] = {}
+    if crossing is not None:
+        found = crossing.owners("exact", batch_size)
+    made = [recompute.owner(t).name for t in outputs]
+    given = [t.name for t in inputs]
+    named = {*given, *made, *(t.name for t in weights)}
+    return Kept(
+        weights=tuple(t.name in found for t in weights),
+        inputs=tuple(name in found for name in given),
+        outputs=tuple(name in found for name in made),
+        views=tuple(
+            given.index(name) if name in given else None for name in made
+        ),
+        other_bytes=sum(
+            size or 0 for name, size in found.items() if name not in named
+        ),
+        unsized=sum(size is None for size in found.values()),
+        cheap=crossing is not None and crossing.is_cheap(batch_size),
+    )

@@ -13,8 +13,14 @@ from typing import Any
 
 import tensorflow as tf
 
-from fdg_keras import recompute
-from fdg_keras.crossing import OF_THE_FORWARD, Crossing, Stash, StashBytes
+from fdg_keras.crossing import (
+    OF_THE_FORWARD,
+    Crossing,
+    Kept,
+    Stash,
+    StashBytes,
+    kept_by,
+)
 from fdg_keras.subgraphs import ancestors, extract
 
 
@@ -197,31 +203,11 @@ class Linearized:
             return StashBytes(0, 0)
         return self._crossing.stash_bytes(stash, batch_size)
 
-    def kept(self, batch_size: int) -> "Kept":
+    def kept(self, batch_size: int) -> Kept:
         """Returns what `stash="exact"` keeps, after `cut`, and where it is."""
         weights, _, inputs = self._arguments
-        found: dict[str, int | None] = {}
-        cheap = False
-        if self._crossing is not None:
-            found = self._crossing.owners("exact", batch_size)
-            cheap = self._crossing.is_cheap(batch_size)
-        outputs = [recompute.owner(t).name for t in self._result.outputs]
-        arguments = [t.name for t in inputs]
-        named = {*arguments, *outputs, *(t.name for t in weights)}
-        return Kept(
-            weights=tuple(t.name in found for t in weights),
-            inputs=tuple(name in found for name in arguments),
-            outputs=tuple(name in found for name in outputs),
-            views=tuple(
-                arguments.index(name) if name in arguments else None
-                for name in outputs
-            ),
-            other_bytes=sum(
-                size or 0 for name, size in found.items() if name not in named
-            ),
-            unsized=sum(size is None for size in found.values()),
-            cheap=cheap,
-        )
+        outputs = self._result.outputs
+        return kept_by(self._crossing, weights, inputs, outputs, batch_size)
 
     def _constant(self, by_weights: list) -> set[str]:
         """Returns the names of arguments that training does not change."""
@@ -292,29 +278,6 @@ class Linearized:
             for t, ask in zip(inputs, wanted)
         ]
         return given, gradients[: len(weights)], by_inputs
-
-
-@dataclass(frozen=True)
-class Kept:
-    """Whose memory a backward reads.
-
-    Attributes:
-        weights: For each weight whether its is read.
-        inputs: For each input.
-        outputs: For each output.
-        views: For each output the input whose memory it is, if it is one's.
-        other_bytes: Of what is none of these.
-        unsized: How many tensors are of unknown size, and not counted.
-        cheap: Whether `"selective"` may run all of the forward again.
-    """
-
-    weights: tuple[bool, ...]
-    inputs: tuple[bool, ...]
-    outputs: tuple[bool, ...]
-    views: tuple[int | None, ...]
-    other_bytes: int
-    unsized: int
-    cheap: bool
 
 
 @dataclass

@@ -24,9 +24,10 @@ class Ledger:
     What a stage keeps of a batch from its forward to its backward is made up
     of what the backwards of its nodes read. A value that two of them read is
     kept once, and it is kept by each stage that reads it. With `"replay"` only
-    inputs are kept; the rest comes back while the backward runs. What
-    `"selective"` keeps is not a sum over nodes: it is counted as `"exact"`,
-    which is more.
+    inputs are kept; the rest comes back while the backward runs. (All inputs
+    count, though a stage keeps none that goes into nothing that its backward
+    reads, a skip into a mean, say.) What `"selective"` keeps is not a sum over
+    nodes: it is counted as `"exact"`, which is more.
 
     Args:
         graph: The model.

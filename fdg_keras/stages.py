@@ -13,8 +13,8 @@ import keras
 import tensorflow as tf
 
 from fdg_keras import _keras
-from fdg_keras.crossing import Stash, StashBytes
-from fdg_keras.linearize import Cut, Kept, Linearized, Pure
+from fdg_keras.crossing import Kept, Stash, StashBytes
+from fdg_keras.linearize import Cut, Linearized, Pure
 from fdg_keras.slicing import Slice
 
 

@@ -313,9 +313,9 @@ def raw_operations() -> Case:
     h = first[:, 1:] * 1.5 + first[:, :-1]
     h = layers.Dense(7, "tanh", name="two")(h)
     h = ops.concatenate([h, ops.abs(first)], axis=-1) - 0.25
-    # Wider than batches have samples: in Keras 3.15 `[n, n] + [n, 1]` of shapes
-    # that are known adds to each row what is meant for each column.
-    h = layers.Dense(37, "tanh", name="three")(h)
+    # No batch has 5 samples: in Keras 3.15 `[n, n] + [n, 1]` of known shapes
+    # adds along the wrong axis.
+    h = layers.Dense(5, "tanh", name="three")(h)
     h = h + ops.mean(first, axis=-1, keepdims=True)
     logits = layers.Dense(CLASSES, name="four")(h)
     return _classifier(inputs, logits, ["one", "two", "three"], _floats(6))
