@@ -278,6 +278,16 @@ def variables_built_on(optimizer: keras.optimizers.Optimizer) -> list:
     return list(optimizer._trainable_variables)
 
 
+def start_averages(optimizer: keras.optimizers.Optimizer) -> None:
+    """Sets the averages of a built optimizer with `use_ema` to the weights.
+
+    Private: `Optimizer._model_variables_moving_average`.
+    """
+    averages = optimizer._model_variables_moving_average
+    for average, variable in zip(averages, optimizer._trainable_variables):
+        average.assign(variable)
+
+
 def decays(optimizer: keras.optimizers.Optimizer, variable: Any) -> bool:
     """Whether `exclude_from_weight_decay` has spared a variable.
 

@@ -18,6 +18,12 @@ from fdg_keras import _keras
 from fdg_keras.slicing import Graph
 from fdg_keras.threads import warn
 
+_EMPTY = (
+    "The data set is empty: expected at least one batch, received none. A "
+    "`tf.data.Dataset` or generator that was used up yields nothing the second "
+    "time."
+)
+
 
 class Spec(NamedTuple):
     """Shapes and dtypes of a batch.
@@ -107,6 +113,8 @@ class Batches:
         _check_shapes(inputs, graph)
         self._iterator: Any = None
         self._length = self._known
+        if self._known == 0:
+            raise ValueError(_EMPTY)
 
     def _there(self) -> contextlib.AbstractContextManager:
         """Makes things where the data set is: maybe on another machine."""
@@ -169,11 +177,7 @@ class Batches:
     def _account(self, drawn: int, stopped: bool) -> None:
         self._drawn += drawn
         if self._drawn == 0:
-            raise ValueError(
-                "The data set is empty: expected at least one batch, received "
-                "none. A `tf.data.Dataset` or generator that was used up "
-                "yields nothing the second time."
-            )
+            raise ValueError(_EMPTY)
         short = self.steps is not None and drawn < self.steps
         if short and not stopped:
             warn(

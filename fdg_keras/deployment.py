@@ -22,6 +22,7 @@ from fdg_keras.optimizers import StageOptimizers
 from fdg_keras.pipeline import Pipeline, Settings
 from fdg_keras.slicing import Graph, Slice
 from fdg_keras.statistics import StageStatistics
+from fdg_keras.validation import check_trainable
 
 Mode = Literal["train", "test", "predict"]
 
@@ -201,6 +202,8 @@ class Deployment:
         built = self._built.get(mode)
         if built is not None and goes_on:
             trainable = built.trainable
+        elif mode == "train":
+            check_trainable(model, trainable)
         # Who asked for probes asked for all epochs, whatever changes meanwhile.
         probed = probed or (built is not None and built.probed)
         if built is not None and built.serves(

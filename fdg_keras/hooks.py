@@ -19,6 +19,13 @@ _TRAIN_HOOKS = (
     "on_batch_begin",
     "on_batch_end",
 )
+_BATCH_HOOKS = (
+    *_TRAIN_HOOKS,
+    "on_test_batch_begin",
+    "on_test_batch_end",
+    "on_predict_batch_begin",
+    "on_predict_batch_end",
+)
 
 
 class Hooks:
@@ -191,6 +198,9 @@ def as_floats(metrics: dict) -> dict[str, Any]:
         if isinstance(value, dict):
             found |= as_floats(value)
             continue
+        if getattr(value, "dtype", None) == "bfloat16":
+            # NumPy cannot take a tensor of it.
+            value = keras.ops.cast(value, "float32")
         array = np.asarray(value)
         found[name] = array if array.shape else float(array)
     return found
@@ -243,7 +253,13 @@ def _overrides(callback: keras.callbacks.Callback, name: str) -> bool:
 
 
 def _acts_on_epochs_only(callback: keras.callbacks.Callback) -> bool:
-    """Whether a callback of Keras' overrides batch hooks without need."""
+    """Whether a callback of Keras' overrides batch hooks without need.
+
+    One that a user has made of it, with batch hooks of its own, does not.
+    """
+    hooks = (getattr(callback, name) for name in _BATCH_HOOKS)
+    if any(not str(hook.__module__).startswith("keras.") for hook in hooks):
+        return False
     if isinstance(callback, keras.callbacks.ProgbarLogger):
         return True
     if isinstance(callback, _keras.SAVING):

@@ -123,6 +123,10 @@ class StageOptimizers:
         with relocation.at_home(), uninterrupted():
             if not optimizer.built:
                 optimizer.build(list(everything))
+            if optimizer.use_ema and self.steps == 0:
+                # As after a step, the first of which replaces them anyway: a
+                # stage without a gradient makes none.
+                _keras.start_averages(optimizer)
             self._undecayed = {
                 id(v) for v in everything if not _keras.decays(optimizer, v)
             }

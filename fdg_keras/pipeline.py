@@ -71,6 +71,7 @@ class Pipeline:
         jit_compile: bool,
         probed: bool = False,
     ):
+        _check_clock()
         self._graph = graph
         self._settings = settings
         self._optimizers = optimizers
@@ -290,3 +291,17 @@ class Pipeline:
         """Returns all links, each once."""
         links = [link for loop in self.loops for link in loop.links]
         return list({id(link): link for link in links}.values())
+
+
+def _check_clock() -> None:
+    """Refuses to trace loops which TensorFlow would refuse to run."""
+    try:
+        tf.timestamp()
+    except tf.errors.FailedPreconditionError as error:
+        raise ValueError(
+            "Stages read the clock to tell who waits for whom. TensorFlow "
+            "does not allow that after `tf.config.experimental."
+            "enable_op_determinism()`. Expected a program without it: runs of "
+            "one seed are the same to the bit anyway; or `emulate=True`. "
+            f"Received: {error.message}"
+        ) from error

@@ -163,9 +163,13 @@ class Slice:
 
     @property
     def trainable_variables(self) -> list[keras.Variable]:
-        """The variables the optimizer updates, each once."""
+        """The variables the optimizer updates, each once.
+
+        As Keras, by what a variable itself says: a layer may have been thawed
+        within a frozen one.
+        """
         return _unique(
-            v for layer in self.layers for v in layer.trainable_variables
+            v for layer in self.layers for v in layer.variables if v.trainable
         )
 
     @property

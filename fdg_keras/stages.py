@@ -284,7 +284,7 @@ class Stage:
         owner = next(
             layer
             for layer in self.slice.layers
-            if any(v is variable for v in layer.trainable_variables)
+            if any(v is variable for v in layer.variables)
         )
         kind = type(owner)
         advice = "Make the variable non-trainable, or take the layer out."

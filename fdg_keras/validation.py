@@ -1,6 +1,7 @@
 """Bad input, refused before anything is built."""
 
 import numbers
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -24,7 +25,11 @@ _STEPS = (
     "train_step",
     "test_step",
     "predict_step",
+    "evaluate",
+    "predict",
     "make_train_function",
+    "make_test_function",
+    "make_predict_function",
     "compute_loss",
     "_compute_loss",
     "_aggregate_additional_loss",
@@ -72,6 +77,38 @@ def check_graph(model: keras.Model, graph: Graph) -> None:
             "Expected it as it was: make a new `Trainer`. Received: "
             f"{model!r}"
         )
+
+
+def check_trainable(
+    model: keras.Model, stages: Sequence[Sequence[keras.Variable]]
+) -> None:
+    """Checks that stages train what the model would.
+
+    Args:
+        model: The model.
+        stages: The trainable variables of each stage.
+
+    Raises:
+        ValueError: If one is missing, or is one too many.
+    """
+    held = {id(v): v for variables in stages for v in variables}
+    wanted = {id(v): v for v in model.trainable_variables}
+    for key, variable in wanted.items():
+        if key not in held:
+            raise ValueError(
+                "Expected each weight of the model to belong to a layer that "
+                "its graph runs: stages have the layers of the graph, and no "
+                "other weights nor losses. Set `trainable = False`, or call "
+                f"the layer. Received: weight {variable.path!r}"
+            )
+    for key, variable in held.items():
+        if key not in wanted:
+            raise ValueError(
+                "A layer was thawed in a model that is frozen, where Keras "
+                "trains nothing. Expected `model.trainable = True` and layers "
+                "frozen one by one. Received: trainable weight "
+                f"{variable.path!r}"
+            )
 
 
 def check_model(model: Any) -> None:

@@ -175,6 +175,8 @@ def test_a_subclassed_model():
         "predict_step",
         "compute_loss",
         "compute_metrics",
+        "make_test_function",
+        "evaluate",
     ],
 )
 def test_an_overridden_step(name):
@@ -492,10 +494,19 @@ def test_empty_arrays():
         fit(make_model(), X[:0], Y[:0])
 
 
+def _begun(logs):
+    raise AssertionError("training has begun")
+
+
 def test_an_empty_validation_set():
     message = r"data set is empty: expected at least one batch, received none"
     with pytest.raises(ValueError, match=message):
-        fit(make_model(), validation_data=(X[:0], Y[:0]))
+        # Before training, in which `_begun` would fail.
+        fit(
+            make_model(),
+            validation_data=(X[:0], Y[:0]),
+            callbacks=[keras.callbacks.LambdaCallback(on_train_begin=_begun)],
+        )
 
 
 @pytest.mark.parametrize("method", ["evaluate", "predict"])

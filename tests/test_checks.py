@@ -1,10 +1,13 @@
 """What `model.fit` would train, and stages would not: refused, or said."""
 
+import importlib
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers, ops
+from matching import assert_same_weights
 
 import fdg_keras
 
@@ -468,3 +471,87 @@ def test_summaries_of_layers(tmp_path):
         for value in event.summary.value
     ]
     assert tags == ["highest"] * 4
+
+
+def test_determinism_of_operations():
+    """TensorFlow forbids then to read the clock, which stages do."""
+    # It has no public way back.
+    config = importlib.import_module("tensorflow.python.framework.config")
+    tf.config.experimental.enable_op_determinism()
+    try:
+        model = model_of(layers.Dense(3), layers.Dense(2))
+        with pytest.raises(ValueError, match="enable_op_determinism"):
+            fit(model)
+        fit(model, emulate=True)
+    finally:
+        config.disable_op_determinism()
+    fit(model)
+
+
+def test_a_metric_in_bfloat16():
+    metric = keras.metrics.MeanSquaredError(dtype="bfloat16")
+    model = model_of(layers.Dense(3), layers.Dense(2))
+    model.compile("sgd", "mse", metrics=[metric])
+    (value,) = fit(model).history["mean_squared_error"]
+    assert 0 < value < 10
+
+
+def same_as_model_fit(make, splits, targets=(Y,)):
+    """Trains two models without delay, one of them in stages."""
+    found, wanted = make(), make()
+    trainer = fdg_keras.Trainer(found, splits, ["CPU:0"] * 2, delay=0)
+    targets = list(targets) if len(targets) > 1 else targets[0]
+    for fitted in (trainer, wanted):
+        fitted.fit(X, targets, batch_size=8, epochs=2, shuffle=False, verbose=0)
+    assert_same_weights(found, wanted)
+    return wanted
+
+
+def test_averages_of_a_stage_without_a_gradient():
+    def make():
+        keras.utils.set_random_seed(1)
+        inputs = keras.Input((4,))
+        dead = layers.Dense(5, "tanh", name="dead")(inputs)
+        alive = layers.Dense(2)(layers.Dense(4)(inputs))
+        model = keras.Model(inputs, [alive, layers.Dense(2)(dead)])
+        sgd = keras.optimizers.SGD(0.1, use_ema=True, ema_momentum=0.9)
+        model.compile(sgd, ["mse", None])
+        return model
+
+    model = same_as_model_fit(make, ["dead"], (Y, Y))
+    assert np.abs(model.get_layer("dead").kernel).max() > 0
+
+
+def test_a_layer_thawed_in_a_frozen_one():
+    def make():
+        keras.utils.set_random_seed(1)
+        wrapped = layers.TimeDistributed(layers.Dense(5))
+        model = model_of(
+            layers.Reshape((2, 2)), wrapped, layers.Flatten(), layers.Dense(2)
+        )
+        wrapped.trainable = False
+        wrapped.layer.trainable = True
+        model.compile(keras.optimizers.SGD(0.1), "mse")
+        return model
+
+    before = make().layers[1].layer.kernel.numpy()
+    model = same_as_model_fit(make, 2)
+    assert np.abs(model.layers[1].layer.kernel - before).max() > 1e-4
+
+
+def test_weights_of_no_layer():
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, layers.Dense(2)(layers.Dense(3)(inputs)))
+    model.extra = model.add_weight(shape=(3,), regularizer="l2", name="extra")
+    model.compile("sgd", "mse")
+    with pytest.raises(ValueError, match=r"no other weights.*extra"):
+        fit(model)
+
+
+def test_a_layer_thawed_in_a_frozen_model():
+    model = model_of(layers.Dense(3), layers.Dense(2))
+    model.trainable = False
+    model.layers[0].trainable = True
+    model.compile("sgd", "mse")
+    with pytest.raises(ValueError, match="thawed in a model that is frozen"):
+        fit(model)

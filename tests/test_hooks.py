@@ -18,6 +18,13 @@ class OnBatchEnd(callbacks.Callback):
         pass
 
 
+class Saving(callbacks.ModelCheckpoint):
+    """A user's, with a batch hook of its own."""
+
+    def on_train_batch_end(self, batch, logs=None):
+        super().on_train_batch_end(batch, logs)
+
+
 class OnTestBatchBegin(callbacks.Callback):
     def on_test_batch_begin(self, batch, logs=None):
         pass
@@ -52,6 +59,7 @@ def test_windows_may_grow_if_nobody_listens_to_batches(tmp_path, make):
         lambda path: callbacks.TensorBoard(path, update_freq="batch"),
         lambda path: callbacks.TensorBoard(path, update_freq=3),
         lambda path: callbacks.TensorBoard(path, profile_batch=2),
+        lambda path: Saving(path + ".keras"),
         lambda path: callbacks.LambdaCallback(
             on_train_batch_end=lambda *_: None
         ),

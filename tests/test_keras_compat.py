@@ -287,6 +287,14 @@ def test_variables_built_on(model):
     assert _keras.variables_built_on(adam) == model.trainable_variables
 
 
+def test_start_averages(model):
+    sgd = keras.optimizers.SGD(use_ema=True)
+    sgd.build(model.trainable_variables)
+    _keras.start_averages(sgd)
+    sgd.finalize_variable_values(model.trainable_variables)
+    assert np.abs(model.get_layer("one").kernel).max() > 0
+
+
 def test_decays(model):
     one, two = (model.get_layer(name) for name in ("one", "two"))
     adam = keras.optimizers.AdamW(weight_decay=0.1)
