@@ -198,7 +198,7 @@ def test_bytes_are_those_that_were_measured():
         assert predicted == pytest.approx(held, rel=0.01)
         assert case["planned_bytes"] == pytest.approx(held, rel=0.01)
         cells = [case[f"{key}_bytes"] / 2**20 for key in ("held", "at_most")]
-        cells.append(case["step_ms"])
+        cells += [case["step_ms"], case["expected_ms"]]
         row = [case["network"], f"`{case['stash']!r}`", *map(round, cells)]
         line = "| " + " | ".join(map(str, row)).replace("'", '"') + " |"
         assert line in PAGES["how_it_works.md"]
