@@ -44,6 +44,13 @@ def check_optimizer(optimizer: Any) -> None:
             "be split into those of the stages one by one. Compile the model "
             f"with one optimizer. Received: {optimizer!r}"
         )
+    if any(isinstance(v, tf.Variable) for v in vars(optimizer).values()):
+        raise ValueError(
+            "An optimizer with a plain `tf.Variable` is not supported: those "
+            "of the stages would not have its value. Expected state that is "
+            "Keras': `self.add_variable(...)` or `keras.Variable`. Received: "
+            f"{optimizer!r}"
+        )
     if overrides(optimizer, "scale_loss"):
         raise ValueError(
             "An optimizer of its own `scale_loss` is not supported: stages do "

@@ -77,6 +77,24 @@ def check_graph(model: keras.Model, graph: Graph) -> None:
             "Expected it as it was: make a new `Trainer`. Received: "
             f"{model!r}"
         )
+    for part, _ in graph.nested:
+        if overrides(part, "__call__"):
+            raise ValueError(
+                f"{type(part).__name__} overrides `__call__`, and of a model "
+                "within the model stages run the layers. Override `call` "
+                f"instead, which makes it one layer. Received: {part!r}"
+            )
+        _check_activity(part)
+    _check_activity(model)
+
+
+def _check_activity(model: keras.Model) -> None:
+    if getattr(model, "activity_regularizer", None) is not None:
+        raise ValueError(
+            "A model with an `activity_regularizer` is not supported: stages "
+            "run its layers, not the model. Give it to the model's last "
+            f"layer. Received: {model!r}"
+        )
 
 
 def check_trainable(

@@ -555,3 +555,34 @@ def test_a_layer_thawed_in_a_frozen_model():
     model.compile("sgd", "mse")
     with pytest.raises(ValueError, match="thawed in a model that is frozen"):
         fit(model)
+
+
+def test_a_regularizer_of_the_model_itself():
+    model = model_of(layers.Dense(3), layers.Dense(2))
+    model.activity_regularizer = keras.regularizers.L2(0.1)
+    with pytest.raises(ValueError, match="model's last layer"):
+        fit(model)
+
+
+def test_a_call_of_a_model_within_the_model():
+    class Tripled(keras.Model):
+        def __call__(self, *args, **kwargs):
+            return 3.0 * super().__call__(*args, **kwargs)
+
+    inputs = keras.Input((4,))
+    inner = Tripled(inputs, layers.Dense(3)(inputs))
+    model = model_of(inner, layers.Dense(2))
+    with pytest.raises(ValueError, match="overrides `__call__`"):
+        fit(model)
+
+
+def test_a_plain_variable_of_an_optimizer():
+    class Gained(keras.optimizers.SGD):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.gain = tf.Variable(0.5, trainable=False)
+
+    model = model_of(layers.Dense(3), layers.Dense(2))
+    model.compile(Gained(0.1), "mse")
+    with pytest.raises(ValueError, match=r"plain `tf\.Variable`"):
+        fit(model)
