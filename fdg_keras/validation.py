@@ -68,7 +68,8 @@ def check_graph(model: keras.Model, graph: Graph) -> None:
     """Checks that a model still is what a `Trainer` has sliced.
 
     Raises:
-        ValueError: If layers were added or taken away since.
+        ValueError: If layers were added or taken away since, or if the model
+            does more than run its layers.
     """
     parts = [(model, graph.functional), *graph.nested]
     if any(_keras.functional_of(part) is not was for part, was in parts):
@@ -84,11 +85,6 @@ def check_graph(model: keras.Model, graph: Graph) -> None:
                 "within the model stages run the layers. Override `call` "
                 f"instead, which makes it one layer. Received: {part!r}"
             )
-        _check_activity(part)
-    _check_activity(model)
-
-
-def _check_activity(model: keras.Model) -> None:
     if getattr(model, "activity_regularizer", None) is not None:
         raise ValueError(
             "A model with an `activity_regularizer` is not supported: stages "
