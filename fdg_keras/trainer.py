@@ -19,6 +19,7 @@ from fdg_keras.placement import resolve_devices
 from fdg_keras.plans import Plan
 from fdg_keras.slicing import cut_graph, trace_graph
 from fdg_keras.statistics import StageStatistics
+from fdg_keras.threads import warn
 from fdg_keras.transforms import GradientTransformer
 from fdg_keras.validation import (
     check_emulation,
@@ -253,6 +254,8 @@ class Trainer:
         kind = type(self.model.optimizer)
         if kind not in self._warned:
             self._warned.add(kind)
+            if not self.model.trainable_weights:  # As Keras.
+                warn("The model does not have any trainable weights.")
             warn_if_shrinking_is_futile(self._settings.transform, self.model)
             warn_if_gradients_are_apart(self.model, len(self._plan.stages))
 

@@ -586,3 +586,11 @@ def test_a_plain_variable_of_an_optimizer():
     model.compile(Gained(0.1), "mse")
     with pytest.raises(ValueError, match=r"plain `tf\.Variable`"):
         fit(model)
+
+
+def test_nothing_to_train():
+    model = model_of(layers.Dense(3), layers.Dense(2))
+    model.trainable = False
+    model.compile("sgd", "mse")
+    with pytest.warns(UserWarning, match="not have any trainable weights"):
+        fit(model)
