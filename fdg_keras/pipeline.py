@@ -301,7 +301,8 @@ def _check_clock() -> None:
         raise ValueError(
             "Stages read the clock to tell who waits for whom. TensorFlow "
             "does not allow that after `tf.config.experimental."
-            "enable_op_determinism()`. Expected a program without it: runs of "
-            "one seed are the same to the bit anyway; or `emulate=True`. "
+            "enable_op_determinism()`. Expected a program without it: on CPUs "
+            "runs of one seed are the same to the bit anyway; or a `fit` with "
+            "`emulate=True` and without validation. "
             f"Received: {error.message}"
         ) from error
