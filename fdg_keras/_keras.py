@@ -132,18 +132,38 @@ def set_mask(tensor: Any, mask: Any) -> None:
     _backend.set_keras_mask(tensor, mask)
 
 
-def get_logits(tensor: Any) -> Any:
-    """Returns what Keras' softmax or sigmoid made a tensor of, or `None`.
+def get_logits(tensor: Any) -> tuple[Any, str]:
+    """Returns what a softmax or sigmoid made a tensor of, and who did.
 
     Private: `_keras_logits`, from which Keras' crossentropies are computed in
-    place of the tensor, that has rounded small probabilities to zero.
+    place of the tensor, that has rounded small probabilities to zero. Those of
+    `tf.nn.softmax` and `tf.nn.sigmoid` they find in a graph.
+
+    Returns:
+        The logits, or `None`; and `"Keras"`, `"Softmax"` or `"Sigmoid"`.
     """
-    return getattr(tensor, "_keras_logits", None)
+    logits = getattr(tensor, "_keras_logits", None)
+    if logits is not None or not tf.is_symbolic_tensor(tensor):
+        return logits, "Keras"
+    kind = tensor.op.type
+    known = kind in ("Softmax", "Sigmoid")
+    return (tensor.op.inputs[0], kind) if known else (None, "Keras")
 
 
-def set_logits(tensor: Any, logits: Any) -> None:
-    """Says what a tensor was made of, as Keras' activations do."""
+def with_logits(tensor: Any, logits: Any, by: str) -> Any:
+    """Returns a tensor that is known to be made of logits.
+
+    Args:
+        tensor: Its values.
+        logits: What they were made of.
+        by: Who made them, as `get_logits` says.
+    """
+    if by == "Softmax":
+        return tf.nn.softmax(logits)
+    if by == "Sigmoid":
+        return tf.nn.sigmoid(logits)
     tensor._keras_logits = logits
+    return tensor
 
 
 # -- Variables: Variable._value -----------------------------------------------

@@ -5,7 +5,7 @@ Shapes flow forward and gradients flow back, so a stage is built in two steps:
 to the first.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ class Boundary:
         values: Values of the graph, `[B, ...]` each.
         masked: Those of them whose mask travels along.
         scored: Those of them whose logits travel along, because a loss may
-            be computed from them.
+            be computed from them; and who made them of those.
         has_loss: Whether a scalar follows: the sum of the losses that layers
             of the stages so far have added, for the last stage to report.
         specs: Shapes and dtypes of all that.
@@ -34,7 +34,7 @@ class Boundary:
 
     values: tuple[int, ...] = ()
     masked: tuple[int, ...] = ()
-    scored: tuple[int, ...] = ()
+    scored: tuple[tuple[int, str], ...] = ()
     has_loss: bool = False
     specs: tuple[tf.TensorSpec, ...] = ()
 
@@ -50,16 +50,19 @@ class Boundary:
         Args:
             tensors: What travels: values, masks, logits.
         """
-        rest = iter(tensors[len(self.values) :])
+        count = len(self.values)
+        logits = iter(tensors[count + len(self.masked) :])
+        masks = iter(tensors[count:])
+        makers = dict(self.scored)
+        found = []
         # By position: a model may hand out one tensor several times.
-        found = list(zip(self.values, tensors))
-        for value, tensor in found:
+        for value, tensor in zip(self.values, tensors):
+            if value in makers:
+                tensor = _keras.with_logits(tensor, next(logits), makers[value])
             if value in self.masked:
-                _keras.set_mask(tensor, next(rest))
-        for value, tensor in found:
-            if value in self.scored:
-                _keras.set_logits(tensor, next(rest))
-        return [tensor for _, tensor in found]
+                _keras.set_mask(tensor, next(masks))
+            found.append(tensor)
+        return found
 
 
 class Stage:
@@ -71,7 +74,7 @@ class Stage:
         device: Where it runs; its variables are there already.
         training: Whether layers run in training mode.
         jit_compile: Whether XLA compiles forward, backward and update.
-        scored: The values that a loss is computed from.
+        scored: Whether logits travel with what was made of them.
 
     Attributes:
         weights: The trainable variables.
@@ -88,7 +91,7 @@ class Stage:
         device: str,
         training: bool,
         jit_compile: bool,
-        scored: Collection[int] = (),
+        scored: bool = False,
     ):
         self.index = index
         self.slice = slice_
@@ -120,7 +123,7 @@ class Stage:
         """
         self.incoming = incoming
         masked: list[int] = []
-        scored: list[int] = []
+        scored: list[tuple[int, str]] = []
 
         def pure(weights: list, state: list, inputs: list) -> Pure:
             return self.pure(weights, state, inputs, masked, scored)
@@ -137,6 +140,8 @@ class Stage:
             self.device,
             self.jit_compile,
         )
+        if self.training:
+            self.check_gradients_of(self._linearized.read_beside_arguments)
         own_losses = self._linearized.has_own_loss
         has_loss = incoming.has_loss or own_losses
         loss_spec = [tf.TensorSpec((), keras.config.floatx())] * has_loss
@@ -209,9 +214,9 @@ class Stage:
         return self._linearized.kept(batch_size)
 
     @property
-    def watched(self) -> list[tf.Variable]:
-        """What the forward reads of trainable variables not handed to it."""
-        return self._linearized.watched
+    def read(self) -> list[tf.Variable]:
+        """What the forward reads of variables that are not handed to it."""
+        return self._linearized.read
 
     @property
     def has_backward(self) -> bool:
@@ -224,7 +229,7 @@ class Stage:
         state: list,
         inputs: list,
         masked: list[int],
-        scored: list[int],
+        scored: list[tuple[int, str]],
     ) -> Pure:
         """The stage as a function.
 
@@ -248,20 +253,39 @@ class Stage:
         after = [scope.get_current_value(v) for v in variables]
         self._check_updates(scope, known, before, after)
         sends = [values[v] for v in self.slice.sends]
-        found = [
-            (v, _keras.get_mask(t), _keras.get_logits(t))
-            for v, t in zip(self.slice.sends, sends)
+        masks = [(v, _keras.get_mask(values[v])) for v in self.slice.sends]
+        masks = [(v, mask) for v, mask in masks if mask is not None]
+        masked[:] = [v for v, _ in masks]
+        logits = [(v, *_keras.get_logits(values[v])) for v in self.slice.sends]
+        logits = [found for found in logits if found[1] is not None]
+        logits = logits if self._scored else []
+        scored[:] = [(v, by) for v, _, by in logits]
+        outputs = [
+            *sends,
+            *(mask for _, mask in masks),
+            *(t for _, t, _ in logits),
         ]
-        masked[:] = [v for v, mask, _ in found if mask is not None]
-        outputs = sends + [mask for _, mask, _ in found if mask is not None]
-        logits = [
-            (v, t) for v, _, t in found if t is not None and v in self._scored
-        ]
-        scored[:] = [v for v, _ in logits]
-        outputs += [t for _, t in logits]
         changes = zip(state, before[len(weights) :], after[len(weights) :])
         new_state = [old if b is a else a for old, b, a in changes]
         return Pure(outputs, losses, new_state)
+
+    def check_gradients_of(self, lost: Sequence[bool]) -> None:
+        """Refuses weights the gradients by which are lost.
+
+        Args:
+            lost: For each weight whether it is read by a `tf.custom_gradient`
+                that was not given it as an argument.
+        """
+        paths = [v.path for v, is_lost in zip(self.weights, lost) if is_lost]
+        if paths:
+            raise ValueError(
+                f"Stage {self.index} ({self.span}) reads weights in a "
+                "`tf.recompute_grad` or `tf.custom_gradient`, and the gradient "
+                "by them would be lost. Expected what to compute again to be "
+                'left to `stash="selective"` or `"replay"`, and weights to be '
+                "arguments of a function that has a gradient of its own. "
+                f"Received: weights {paths[:5]} that are not"
+            )
 
     def _check_updates(
         self, scope: Any, known: set, before: list, after: list

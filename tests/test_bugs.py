@@ -931,16 +931,30 @@ def test_a_batch_that_fails_ahead_of_time(workers, emulate):
     assert [n for n in raised.value.__notes__ if re.search(note, n)]
 
 
-def sure_model():
+class Endpoint(keras.layers.Layer):
+    """Adds the crossentropy of what it is given with the first class."""
+
+    def call(self, probabilities):
+        first = keras.ops.zeros_like(probabilities[:, 0], "int32")
+        self.add_loss(
+            keras.losses.sparse_categorical_crossentropy(first, probabilities)
+        )
+        return probabilities
+
+
+def sure_model(softmax="softmax", sigmoid="sigmoid"):
     """Its outputs are probabilities that round to 0 and 1, each made early."""
     keras.utils.set_random_seed(1)
     inputs = keras.Input((4,), name="in")
     h = keras.layers.Dense(4, name="first")(inputs)
-    kind = keras.layers.Dense(3, "softmax", name="kind")(h)
-    gate = keras.layers.Dense(1, "sigmoid", name="gate")(h)
+    kind = keras.layers.Dense(3, softmax, name="kind")(h)
+    gate = keras.layers.Dense(1, sigmoid, name="gate")(h)
     h = keras.layers.Dense(4, name="second")(keras.layers.Multiply()([h, gate]))
-    last = keras.layers.Dense(3, name="third")(h)
-    last = keras.layers.Softmax(name="last")(last)
+    inner = keras.layers.Dense(3, softmax)(h)
+    h = keras.layers.Dense(4, name="third")(h)
+    h = keras.layers.Concatenate()([h, Endpoint(name="endpoint")(inner)])
+    last = keras.layers.Dense(3)(h)
+    last = keras.layers.Activation(softmax, name="last")(last)
     model = keras.Model(inputs, {"kind": kind, "gate": gate, "last": last})
     losses = {
         "kind": "sparse_categorical_crossentropy",
@@ -964,6 +978,7 @@ def sure_data():
 
 SURE_FIT = {"batch_size": 4, "epochs": 2} | FIT_DATA
 SURE_CUTS = ["gate", "second", "third"]
+SURE_ACTIVATIONS = [("softmax", "sigmoid"), (tf.nn.softmax, tf.nn.sigmoid)]
 
 
 @pytest.mark.parametrize(
@@ -976,15 +991,17 @@ SURE_CUTS = ["gate", "second", "third"]
     ],
     ids=str,
 )
-def test_probabilities_that_round_to_zero(settings):
+@pytest.mark.parametrize("activations", SURE_ACTIVATIONS, ids=str)
+def test_probabilities_that_round_to_zero(settings, activations):
     """Their gradient was zero, and the loss too small.
 
-    Keras remembers the logits that softmax and sigmoid are given, and computes
-    crossentropies from them. The last stage knew what it was sent.
+    Keras remembers the logits that softmax and sigmoid are given, finds in a
+    graph those that TensorFlow's are given, and computes crossentropies from
+    them. The last stage knew what it was sent.
     """
     found = []
     for staged in (True, False):
-        model = fitted = sure_model()
+        model = fitted = sure_model(*activations)
         if staged:
             fitted = fdg_keras.Trainer(
                 model, SURE_CUTS, **{"delay": 0, **settings}

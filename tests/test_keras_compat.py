@@ -178,15 +178,38 @@ def test_logits(activation):
     """Keras' crossentropies are computed from them, if they are known."""
     logits = tf.constant([[200.0, -200.0]])
     probabilities = keras.activations.get(activation)(logits)
-    assert _keras.get_logits(probabilities) is logits
+    assert _keras.get_logits(probabilities) == (logits, "Keras")
     loss = keras.losses.CategoricalCrossentropy()
     wanted = tf.constant([[0.0, 1.0]])
     assert float(loss(wanted, probabilities)) == pytest.approx(400)
     bare = tf.constant(probabilities.numpy())
-    assert _keras.get_logits(bare) is None
+    assert _keras.get_logits(bare) == (None, "Keras")
     assert float(loss(wanted, bare)) < 20
-    _keras.set_logits(bare, logits)
+    assert _keras.with_logits(bare, logits, "Keras") is bare
     assert float(loss(wanted, bare)) == pytest.approx(400)
+
+
+def test_logits_of_tensorflows_own_softmax():
+    """Keras finds them in a graph, and there alone."""
+    logits = tf.constant([[200.0, -200.0]])
+    assert _keras.get_logits(tf.nn.softmax(logits)) == (None, "Keras")
+    loss = keras.losses.CategoricalCrossentropy()
+    wanted = tf.constant([[0.0, 1.0]])
+
+    @tf.function
+    def compute(logits):
+        made = tf.nn.softmax(logits)
+        found, by = _keras.get_logits(made)
+        assert found is logits
+        assert by == "Softmax"
+        again = _keras.with_logits(tf.identity(made), logits, by)
+        gate, by = _keras.get_logits(tf.nn.sigmoid(logits))
+        assert gate is logits
+        assert by == "Sigmoid"
+        assert _keras.get_logits(tf.identity(made)) == (None, "Keras")
+        return loss(wanted, again)
+
+    assert float(compute(logits)) == pytest.approx(400)
 
 
 def test_the_masks_of_layers():
