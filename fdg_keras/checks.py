@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Sequence
 
+import keras
 import tensorflow as tf
 
 from fdg_keras import _keras
@@ -12,7 +13,7 @@ from fdg_keras.threads import warn
 
 
 class OutsideRead(ValueError):
-    """A weight is read by somebody who was not handed it."""
+    """A variable is read by somebody who was not handed it."""
 
 
 def check_gradients(
@@ -45,39 +46,61 @@ def check_gradients(
     if without:
         warn(
             f"Gradients do not exist for variables {without}: the loss does "
-            "not depend on them, and they are not trained."
+            "not depend on them by operations that can be differentiated, and "
+            "they are not trained."
         )
 
 
 def check_reads(
-    where: str, watched: Sequence[tf.Variable], graph: Graph
+    where: str,
+    read: Sequence[tf.Variable],
+    graph: Graph,
+    optimizer: keras.optimizers.Optimizer,
 ) -> None:
-    """Checks that nobody reads weights that he was not handed.
+    """Checks that nobody reads what is not handed to him and changes.
 
     Args:
         where: Who reads, for people.
-        watched: Trainable TensorFlow variables that were read.
+        read: TensorFlow variables that were read.
         graph: The model.
+        optimizer: Its optimizer.
 
     Raises:
-        OutsideRead: If one of them is a weight of the model, because the
-            gradient by it would be lost.
+        OutsideRead: If one of them is a variable of the model, because the
+            gradient by it would be lost, or its value be of no known batch; or
+            the optimizer's counter of steps.
     """
-    # A function of the user's may have kept a variable where the value of the
-    # weight was before it was moved to the device of its stage.
-    owners = [_keras.stood_for(read) for read in watched]
+    # A function of the user's may have kept a variable where the value was
+    # before it was moved to the device of its stage.
+    known = {id(one) for one in read}
+    owners = {id(_keras.stood_for(one)) for one in read}
+
+    def is_read(variable: keras.Variable) -> bool:
+        storage = _keras.get_storage(variable)
+        return id(storage) in known or id(variable) in owners
+
+    if is_read(_keras.step_counter_of(optimizer)):
+        raise OutsideRead(
+            f"{where} reads the `iterations` of the optimizer, itself or by "
+            "the rate of a schedule. Each stage counts its own, and the "
+            "model's are set when callbacks are called. Expected what depends "
+            "on the step to count batches in a weight of its own, with "
+            "`trainable=False`, and learning rates to be read by a callback. "
+            "Received: a function that reads it"
+        )
     for node in graph.nodes:
-        for variable in node.trainable_variables:
-            storage = _keras.get_storage(variable)
-            if any(storage is read for read in watched) or any(
-                variable is owner for owner in owners
-            ):
+        for variable in node.variables:
+            if is_read(variable):
+                what = "a variable that is updated with another batch"
+                if variable.trainable:
+                    what = "a weight, the gradient by which would be lost"
                 raise OutsideRead(
-                    f"{where} reads the weight {variable.path!r} of layer "
-                    f"{node.name!r} as a Python variable of its own, and the "
-                    "gradient by it would be lost. Expected weights to be "
-                    "read by their layer, or by one of the same stage that "
-                    "has that layer as an attribute; and what is a penalty "
-                    "on weights to be a regularizer. Received: a function "
-                    "that reads it from outside"
+                    f"{where} reads {variable.path!r} of layer {node.name!r} "
+                    f"from outside: {what}. Expected variables to be read by "
+                    "their layer, or by one of the same stage that has that "
+                    "layer as an attribute, without a `tf.function` of its "
+                    "own around it; what is a penalty on weights to be a "
+                    "regularizer, and other functions of weights to be "
+                    "computed by a callback at the end of an epoch. Received: "
+                    "a function that reads it as a Python variable of its own"
                 )

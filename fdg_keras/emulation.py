@@ -16,7 +16,7 @@ import keras
 import tensorflow as tf
 
 from fdg_keras import _keras, delays, transforms
-from fdg_keras.checks import check_gradients, check_reads
+from fdg_keras.checks import check_gradients
 from fdg_keras.data import Epoch, Spec
 from fdg_keras.feeding import Pace
 from fdg_keras.linearize import is_float
@@ -25,6 +25,7 @@ from fdg_keras.pipeline import Settings
 from fdg_keras.slicing import Graph, Slice
 from fdg_keras.stages import Boundary, Stage
 from fdg_keras.statistics import StageStatistics
+from fdg_keras.subgraphs import read_beside_arguments
 from fdg_keras.threads import noting
 from fdg_keras.updates import Update
 
@@ -60,9 +61,8 @@ class Emulation:
         training = settings is not None
         self._graph = graph
         self._settings = settings
-        scored = graph.outputs if objective is not None else ()
         self._stages = [
-            Stage(k, part, device, training, False, scored)
+            Stage(k, part, device, training, jit_compile=False, scored=True)
             for k, (part, device) in enumerate(zip(slices, devices))
         ]
         self._objective = objective
@@ -107,8 +107,20 @@ class Emulation:
             input_signature=(spec.inputs, targets, batch),
             autograph=False,
         )
-        function.get_concrete_function()
+        graph = function.get_concrete_function().graph
+        if self._settings is not None:
+            handed = {
+                id(_keras.get_storage(v))
+                for stage in self._stages
+                for v in [*stage.weights, *stage.state]
+            }
+            read = [v for v in graph.variables if id(v) not in handed]
+            self._check_reads("A layer, the loss or a metric", read)
         return function
+
+    def _check_reads(self, where: str, read: Sequence[tf.Variable]) -> None:
+        assert self._objective is not None
+        self._objective.check_reads(where, read)
 
     # -- Running --------------------------------------------------------------
 
@@ -249,7 +261,8 @@ class Emulation:
                 one = _Pass(stage, update, batch, feeds, received)
             passes.append(one)
             if self._settings is not None:
-                check_reads(f"Stage {stage.index}", one.watched, self._graph)
+                stage.check_gradients_of(one.lost)
+                self._check_reads(f"Stage {stage.index}", one.watched)
             own += one.own_losses
             received = one.outputs
             incoming = one.outgoing
@@ -257,7 +270,8 @@ class Emulation:
             return received
         final = self._stages[-1]
         gradients = self._objective.update(
-            incoming.attach(received),
+            incoming,
+            received,
             tf.add_n(own) if own else None,
             targets,
             final.training,
@@ -302,9 +316,10 @@ class _Pass:
         self._received = stage.incoming.floating(received)
         self.then = self._weights if update.kept_specs else []
         masked: list[int] = []
-        scored: list[int] = []
+        scored: list[tuple[int, str]] = []
         state = [_keras.get_storage(v) for v in stage.state]
         before = [s.read_value() for s in state]
+        earlier = len(_operations())
         with tf.device(stage.device), tf.GradientTape() as self._tape:
             watched = [*self._weights, *self._received]
             self._tape.watch([t for t in watched if is_float(t)])
@@ -312,6 +327,10 @@ class _Pass:
                 self._weights, before, [*feeds, *received], masked, scored
             )
             self.outputs = [tf.identity(t) for t in result.outputs]
+        #: For each weight whether the gradient by it is lost.
+        self.lost = read_beside_arguments(
+            _operations()[earlier:], self._weights
+        )
         #: Trainable variables that it has read in spite of all.
         self.watched = self._tape.watched_variables()
         self.outgoing = Boundary(
@@ -348,6 +367,13 @@ def _within(where: str) -> Iterator[None]:
     """Says where something fails: in a note, or by names of operations."""
     with noting(where), tf.name_scope(where.replace(" ", "_")):
         yield
+
+
+def _operations() -> list[tf.Operation]:
+    """Returns those of the graph that is being traced, if there is one."""
+    if tf.executing_eagerly():
+        return []
+    return tf.compat.v1.get_default_graph().get_operations()
 
 
 def _as_it_is(function: Callable) -> Callable:

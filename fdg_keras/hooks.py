@@ -129,11 +129,13 @@ class Hooks:
         """Returns how long windows are, the same object every time.
 
         As long as `steps_per_execution` says; if that is 1 and nobody listens
-        to batches or has stages drain, as long as suits the machine.
+        to batches or has stages drain, as long as suits the machine. Eagerly
+        one batch, whose step a layer may look at.
         """
         if mode not in self._paces:
             asked = getattr(self._model, "steps_per_execution", 1) or 1
-            fixed = asked > 1 or self._listens_to_batches(mode)
+            fixed = asked > 1 or self._model.run_eagerly
+            fixed = fixed or self._listens_to_batches(mode)
             self._paces[mode] = Pace(asked if fixed else None)
         return self._paces[mode]
 

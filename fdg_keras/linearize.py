@@ -21,7 +21,7 @@ from fdg_keras.crossing import (
     StashBytes,
     kept_by,
 )
-from fdg_keras.subgraphs import ancestors, extract
+from fdg_keras.subgraphs import ancestors, extract, read_beside_arguments
 
 
 @dataclass
@@ -80,8 +80,6 @@ class Linearized:
                 with tf.control_dependencies(_effects(result)):
                     result.outputs = [tf.identity(t) for t in result.outputs]
             self._tape = tape
-            #: Trainable variables that it reads in spite of all.
-            self.watched = list(tape.watched_variables())
             self._arguments = (weights, state, inputs)
             self._result = result
             return result.outputs
@@ -93,6 +91,8 @@ class Linearized:
             op.name for op in self._wrapped.graph.get_operations()
         }
         self._check_assignments()
+        #: Variables that it reads in spite of all.
+        self.read = list(self._wrapped.graph.variables)
         self.output_specs = [
             tf.TensorSpec(t.shape, t.dtype) for t in self._result.outputs
         ]
@@ -123,6 +123,12 @@ class Linearized:
                     "that is Keras': make it by `self.add_weight(trainable="
                     "False, ...)`, and assign to it as before."
                 )
+
+    @property
+    def read_beside_arguments(self) -> list[bool]:
+        """For each weight whether a `tf.custom_gradient` loses it."""
+        operations = self._wrapped.graph.get_operations()
+        return read_beside_arguments(operations, self._arguments[0])
 
     @property
     def has_own_loss(self) -> bool:

@@ -243,7 +243,8 @@ class Loop:
         gradients: list[tf.Tensor | None] = []
         if self._objective is not None:
             gradients = self._objective.update(
-                stage.outgoing.attach(outputs),
+                stage.outgoing,
+                outputs,
                 own_loss[0] if own_loss else None,
                 targets,
                 stage.training,

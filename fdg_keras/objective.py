@@ -11,6 +11,7 @@ from fdg_keras import _keras
 from fdg_keras.checks import OutsideRead, check_reads
 from fdg_keras.data import Spec
 from fdg_keras.slicing import Graph, Slice
+from fdg_keras.stages import Boundary
 
 
 class Objective:
@@ -85,7 +86,8 @@ class Objective:
 
     def update(
         self,
-        outputs: Sequence[tf.Tensor],
+        boundary: Boundary,
+        sent: Sequence[tf.Tensor],
         own_loss: tf.Tensor | None,
         targets: Sequence[tf.Tensor],
         training: bool,
@@ -93,8 +95,9 @@ class Objective:
         """Updates the metrics and returns the gradient of the loss.
 
         Args:
-            outputs: The model's outputs in order, each `[B, ...]`, some with
-                the logits that they were made of.
+            boundary: What the last stage sends: the model's outputs in order,
+                each `[B, ...]`, and the logits that some were made of.
+            sent: That.
             own_loss: Sum of the losses that layers of any stage add, a
                 scalar, or `None`.
             targets: Flat targets, as above.
@@ -113,15 +116,15 @@ class Objective:
         y, sample_weight = tf.nest.map_structure(
             lambda spec: None if spec is None else next(rest), self._structure
         )
-        logits = [_keras.get_logits(t) for t in outputs]
-        sources = [*outputs, *(t for t in logits if t is not None)]
+        sources = boundary.floating(sent)
         with tf.GradientTape() as tape:
             tape.watch([t for t in sources if t.dtype.is_floating])
-            y_pred = _keras.pack_outputs(self._graph.functional, list(outputs))
+            outputs = boundary.attach(sent)
+            y_pred = _keras.pack_outputs(self._graph.functional, outputs)
             compiled = _keras.compiled_loss(self._model)
             loss = compiled and compiled(y, y_pred, sample_weight)
         if training:
-            check_reads("The loss", tape.watched_variables(), self._graph)
+            self.check_reads("The loss", tape.watched_variables())
         gradients: list = []
         if training and loss is not None:
             gradients = tape.gradient(loss, sources)
@@ -131,10 +134,27 @@ class Objective:
         _keras.loss_tracker(self._model).update_state(
             loss, sample_weight=batch_size
         )
-        self._model.compute_metrics(None, y, y_pred, sample_weight)
+        with tf.GradientTape() as seen:
+            self._model.compute_metrics(None, y, y_pred, sample_weight)
+        if training:
+            self.check_reads("A metric", seen.watched_variables())
         return [
             None if g is None else tf.convert_to_tensor(g) for g in gradients
         ]
+
+    def check_reads(self, where: str, read: Sequence[tf.Variable]) -> None:
+        """Checks that nobody reads what is not handed to him and changes.
+
+        See `checks.check_reads`.
+        """
+        # Keras computes their results whenever it updates one.
+        metrics = {
+            id(_keras.get_storage(v))
+            for metric in self._model.metrics
+            for v in metric.variables
+        }
+        others = [v for v in read if id(v) not in metrics]
+        check_reads(where, others, self._graph, self._model.optimizer)
 
     def results(self) -> dict[str, tf.Tensor]:
         """Returns the values so far of all metrics on the last stage."""

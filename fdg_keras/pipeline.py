@@ -10,7 +10,7 @@ import keras
 import tensorflow as tf
 
 from fdg_keras import _keras, delays
-from fdg_keras.checks import check_gradients, check_reads
+from fdg_keras.checks import check_gradients
 from fdg_keras.corrections import Correction
 from fdg_keras.crossing import Stash
 from fdg_keras.data import Spec
@@ -75,10 +75,14 @@ class Pipeline:
         self._graph = graph
         self._settings = settings
         self._optimizers = optimizers
-        scored = graph.outputs if objective is not None else ()
+        training = settings is not None
+        # A loss, or a layer's own, may undo a softmax: of what `predict` hands
+        # out there is none.
+        scored = [True] * (len(slices) - 1) + [objective is not None]
+        parts = enumerate(zip(slices, devices, scored))
         self.stages = [
-            Stage(k, part, device, settings is not None, jit_compile, scored)
-            for k, (part, device) in enumerate(zip(slices, devices))
+            Stage(k, part, device, training, jit_compile, scores)
+            for k, (part, device, scores) in parts
         ]
         self._objective = objective
         self._input_at = {v: i for i, v in enumerate(graph.inputs)}
@@ -113,7 +117,7 @@ class Pipeline:
             feeds = [self._spec.inputs[i] for i in self._positions(stage)]
             boundary = stage.trace(boundary, feeds)
             if self._settings is not None:
-                check_reads(f"Stage {stage.index}", stage.watched, self._graph)
+                self._check_reads(f"Stage {stage.index}", stage.read)
         has_gradient = self._gradients_of_loss(boundary)
         found = [has_gradient]
         for stage in reversed(self.stages):
@@ -150,17 +154,24 @@ class Pipeline:
         @tf.function(autograph=False)
         def probe(sent: Any, own_loss: Any, targets: Any) -> None:
             gradients = objective.update(
-                boundary.attach(sent), own_loss, targets, training
+                boundary, sent, own_loss, targets, training
             )
             found.extend(g is not None for g in gradients)
 
         with objective.fitting():
-            probe.get_concrete_function(
+            traced = probe.get_concrete_function(
                 list(boundary.specs[: len(boundary.specs) - boundary.has_loss]),
                 boundary.specs[-1] if boundary.has_loss else None,
                 list(objective.target_specs),
             )
-        return found if training else none
+        if not training:
+            return none
+        self._check_reads("The loss or a metric", traced.graph.variables)
+        return found
+
+    def _check_reads(self, where: str, read: Sequence[tf.Variable]) -> None:
+        assert self._objective is not None
+        self._objective.check_reads(where, read)
 
     def _connect(self, gradients: list[list[bool]]) -> list[Ports]:
         """Makes the links, each on its consumer's device."""

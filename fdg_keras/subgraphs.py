@@ -108,6 +108,40 @@ def ancestors(
     return list(reached.values()), seen
 
 
+def read_beside_arguments(
+    operations: Iterable[tf.Operation], tensors: Sequence[tf.Tensor]
+) -> list[bool]:
+    """Returns which tensors `tf.custom_gradient`s read that were not given.
+
+    Such a function has a gradient by its arguments, and by variables that it
+    reads, and by nothing else.
+
+    Args:
+        operations: To look at. All are of one graph.
+        tensors: Of the same graph.
+    """
+    found: set[str] = set()
+    custom = [op for op in operations if op.type == "IdentityN"]
+    if not custom:
+        return [False] * len(tensors)  # They may have no names.
+    names = {t.name for t in tensors}
+    for op in custom:
+        if _has_own_gradient(op):
+            # Its inputs are what the function returns, and then its arguments.
+            result, *others = op.inputs
+            stop = names | {t.name for t in others}
+            reached, _ = ancestors([result], stop, ())
+            found |= {t.name for t in reached} - {t.name for t in others}
+    return [t.name in found for t in tensors]
+
+
+def _has_own_gradient(op: tf.Operation) -> bool:
+    try:
+        return op.get_attr("_gradient_op_type").startswith(b"CustomGradient")
+    except ValueError:
+        return False
+
+
 def tensor_bytes(
     graph: Any,
     feeds: Sequence[tf.Tensor],

@@ -50,6 +50,150 @@ def test_a_loss_that_reads_weights(name, splits, emulate):
 
 
 @pytest.mark.parametrize("emulate", [False, True])
+@pytest.mark.parametrize("name", ["first", "last"])
+def test_a_metric_that_reads_weights(name, emulate):
+    """It would be of another batch, of which one is a matter of chance."""
+    model = model_of(
+        layers.Dense(3, name="first"), layers.Dense(2, name="last")
+    )
+    kernel = model.get_layer(name).kernel
+
+    def size(y, y_pred):
+        return ops.sum(kernel**2)
+
+    model.compile("sgd", "mse", metrics=[size])
+    with pytest.raises(ValueError, match=f"metric reads.*{name}.*Received"):
+        fit(model, emulate=emulate)
+    trainer = fdg_keras.Trainer(model, 1, ["CPU:0"])
+    found = trainer.evaluate(X, Y, verbose=0)
+    assert found == pytest.approx(model.evaluate(X, Y, verbose=0), rel=1e-5)
+
+
+def counting_model(where, eagerly=False):
+    """Something in it looks at the optimizer's counter of steps."""
+    keras.utils.set_random_seed(1)
+    optimizer = keras.optimizers.SGD(
+        keras.optimizers.schedules.ExponentialDecay(0.1, 1, 0.9)
+    )
+
+    def rate(*_):
+        return ops.cast(optimizer.learning_rate, "float32")
+
+    def step(x):
+        return x * ops.cast(optimizer.iterations + 1, x.dtype)
+
+    def loss(y, y_pred):
+        return ops.mean((y - y_pred) ** 2) * (1 + 10 * rate())
+
+    keep = layers.Activation("linear")
+    model = model_of(
+        layers.Dense(3),
+        layers.Lambda(step) if where == "layer" else keep,
+        layers.Dense(2),
+    )
+    model.compile(
+        optimizer,
+        loss if where == "loss" else "mse",
+        metrics=[rate] if where == "metric" else [],
+        run_eagerly=eagerly,
+    )
+    return model
+
+
+@pytest.mark.parametrize("where", ["layer", "loss", "metric"])
+@pytest.mark.parametrize("emulate", [False, True])
+def test_what_reads_the_counter_of_steps(where, emulate):
+    """It saw the step of some batch: which one, was a matter of speed."""
+    with pytest.raises(ValueError, match=r"reads the `iterations`.*Received"):
+        fit(counting_model(where), emulate=emulate)
+
+
+@pytest.mark.parametrize("where", ["layer", "loss"])
+def test_what_reads_the_counter_of_steps_eagerly(where):
+    models = [counting_model(where, eagerly=True) for _ in range(2)]
+    found = fit(models[0], epochs=2, shuffle=False).history
+    expected = models[1].fit(
+        X, Y, batch_size=8, epochs=2, shuffle=False, verbose=0
+    )
+    np.testing.assert_allclose(
+        found["loss"], expected.history["loss"], rtol=1e-5
+    )
+    assert_same_weights(*models)
+
+
+class Rematerialized(layers.Layer):
+    """Has TensorFlow compute a layer, or what a weight does, once more."""
+
+    def __init__(self, how):
+        super().__init__(name="again")
+        self.how = how
+
+    def build(self, shape):
+        self.kernel = self.add_weight(shape=(shape[-1], 3))
+
+    def call(self, x):
+        if self.how == "recompute_grad":
+            return tf.recompute_grad(lambda x: x @ self.kernel)(x)
+
+        @tf.custom_gradient
+        def times(x, kernel):
+            return x @ kernel, lambda dy: (
+                dy @ tf.transpose(kernel),
+                tf.transpose(x) @ dy,
+            )
+
+        if self.how == "given":
+            return times(x, tf.convert_to_tensor(self.kernel))
+        twice = tf.custom_gradient(
+            lambda x: (x @ self.kernel, lambda dy, variables=None: (dy, []))
+        )
+        return twice(x)
+
+
+@pytest.mark.parametrize("emulate", [False, True])
+@pytest.mark.parametrize("how", ["recompute_grad", "custom_gradient"])
+def test_a_gradient_of_its_own_that_loses_weights(how, emulate):
+    """They were not trained, and a warning said what was not true."""
+    model = model_of(Rematerialized(how), layers.Dense(2))
+    with pytest.raises(ValueError, match=r"Stage 0 .*again.*Received: weights"):
+        fit(model, emulate=emulate)
+
+
+@pytest.mark.parametrize("emulate", [False, True])
+def test_a_gradient_of_its_own_by_a_weight(emulate):
+    models = []
+    for _ in range(2):
+        keras.utils.set_random_seed(1)
+        models.append(model_of(Rematerialized("given"), layers.Dense(2)))
+    fit(models[0], emulate=emulate, shuffle=False)
+    models[1].fit(X, Y, batch_size=8, shuffle=False, verbose=0)
+    assert_same_weights(*models)
+
+
+class Counting(layers.Layer):
+    """Reads its state by a function that is traced once."""
+
+    def __init__(self):
+        super().__init__(name="counting")
+        self.count = self.add_weight(trainable=False, name="count")
+
+    @tf.function
+    def read(self):
+        return self.count.value + 0.0
+
+    def call(self, x):
+        x = x * self.read()
+        self.count.assign_add(1.0)
+        return x
+
+
+def test_state_that_a_function_of_its_own_reads():
+    """Called once more, it reads what was before the assignment."""
+    with pytest.raises(ValueError, match=r"Stage 0 reads .*count.*Received"):
+        fit(model_of(Counting(), layers.Dense(2)))
+
+
+@pytest.mark.parametrize("emulate", [False, True])
 @pytest.mark.parametrize("devices", [["CPU:0", "CPU:1"], ["CPU:1", "CPU:2"]])
 def test_weights_that_were_read_where_they_are_no_more(devices, emulate):
     """What holds their value at home, kept from before they were moved."""
