@@ -278,10 +278,10 @@ class Deployment:
             optimizers.stages if optimizers else [],
             objective,
         )
-        if model.run_eagerly or (self._emulate and mode == "train"):
-            return Emulation(*parts, spec, model.run_eagerly), optimizers
-        pipeline = Pipeline(*parts, spec, self._loan.jit_compile, probed)
-        return pipeline, optimizers
+        eagerly, jit_compile = model.run_eagerly, self._loan.jit_compile
+        if eagerly or (self._emulate and mode == "train"):
+            return Emulation(*parts, spec, eagerly, jit_compile), optimizers
+        return Pipeline(*parts, spec, jit_compile, probed), optimizers
 
     def _relocate(self) -> None:
         """Moves the variables of layers and metrics to their stages."""

@@ -10,7 +10,9 @@ the way to debug: everything runs eagerly, in the caller's thread.
 
 import collections
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -42,6 +44,7 @@ class Emulation:
         objective: Loss and metrics; `None` hands out the outputs instead.
         spec: Of the batches.
         run_eagerly: Whether nothing is compiled.
+        jit_compile: Whether XLA compiles what is.
     """
 
     #: There is nothing to be closed, see `Pipeline`.
@@ -57,19 +60,22 @@ class Emulation:
         objective: Objective | None,
         spec: Spec,
         run_eagerly: bool,
+        jit_compile: bool,
     ):
         training = settings is not None
         self._graph = graph
         self._settings = settings
         self._stages = [
-            Stage(k, part, device, training, jit_compile=False, scored=True)
+            Stage(k, part, device, training, jit_compile, scored=True)
             for k, (part, device) in enumerate(zip(slices, devices))
         ]
         self._objective = objective
         input_at = {v: i for i, v in enumerate(graph.inputs)}
         self._feeds = [[input_at[v] for v in part.feeds] for part in slices]
         self._outputs: collections.deque = collections.deque()
-        compiled = _as_it_is if run_eagerly else _compiled
+        compiled = functools.partial(
+            tf.function, autograph=False, jit_compile=jit_compile or None
+        )
         splits = len(slices)
         #: What has not been applied yet: gradients, and the weights then.
         self._late: list[collections.deque] = [
@@ -90,22 +96,24 @@ class Emulation:
                     optimizers[k] if optimizers else None,
                     staleness,
                     settings.corrections if settings else (),
-                    compiled,
+                    _as_it_is if run_eagerly else compiled,
                 )
             )
-        self._run_batch = self._batch if run_eagerly else self._trace(spec)
+        self._run_batch = self._batch
+        if not run_eagerly:
+            self._run_batch = self._trace(spec, compiled)
 
-    def _trace(self, spec: Spec) -> Callable[..., list]:
+    def _trace(
+        self, spec: Spec, compiled: Callable[..., Any]
+    ) -> Callable[..., list]:
         """Returns `_batch`, compiled once for batches of whatever size.
 
         So what cannot be trained is refused before training starts.
         """
         targets = tuple(self._objective.target_specs) if self._objective else ()
         batch = tf.TensorSpec((), tf.int64)
-        function = tf.function(
-            self._batch,
-            input_signature=(spec.inputs, targets, batch),
-            autograph=False,
+        function = compiled(
+            self._batch, input_signature=(spec.inputs, targets, batch)
         )
         graph = function.get_concrete_function().graph
         if self._settings is not None:
@@ -378,7 +386,3 @@ def _operations() -> list[tf.Operation]:
 
 def _as_it_is(function: Callable) -> Callable:
     return function
-
-
-def _compiled(function: Callable) -> Callable:
-    return tf.function(function, autograph=False)

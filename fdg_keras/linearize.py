@@ -67,7 +67,8 @@ class Linearized:
         jit_compile: bool = False,
     ):
         self._device = device
-        self._jit_compile = jit_compile
+        #: Whether XLA does compile them, known once it was cut.
+        self.jit_compile = jit_compile
         self._crossing: Crossing | None = None
 
         def trace(weights: list, state: list, inputs: list) -> list:
@@ -176,7 +177,7 @@ class Linearized:
         kept = crossing.kept(stash)
         if any(t.dtype == tf.variant for t in kept):
             # XLA cannot hand out what a loop keeps for its gradient.
-            self._jit_compile = False
+            self.jit_compile = False
         arguments = [*weights, *state, *inputs]
         position = {t.name: i for i, t in enumerate(arguments)}
         stash_arguments = [position.get(t.name) for t in kept]
@@ -245,7 +246,7 @@ class Linearized:
         past: Collection[str] = (),
     ) -> Callable[..., Any]:
         function = extract(self._wrapped.graph, feeds, fetches, name, past)
-        if not self._jit_compile:
+        if not self.jit_compile:
             return function
         return tf.function(
             lambda *tensors: function(*tensors),

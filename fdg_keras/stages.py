@@ -16,6 +16,7 @@ from fdg_keras import _keras
 from fdg_keras.crossing import Kept, Stash, StashBytes
 from fdg_keras.linearize import Cut, Linearized, Pure
 from fdg_keras.slicing import Slice
+from fdg_keras.threads import warn
 
 
 @dataclass(frozen=True)
@@ -196,6 +197,13 @@ class Stage:
             ],
             stash,
         )
+        if self.jit_compile and not self._linearized.jit_compile:
+            warn(
+                f"Stage {self.index} ({self.span}) runs without XLA, though "
+                "the model was compiled with `jit_compile`: XLA cannot hand "
+                "out what a loop in it keeps for its gradient. With "
+                "`emulate=True` it need not."
+            )
         total = feeds + values + masks + logits
         found = self.pair.input_has_gradient or [False] * total
         return incoming.floating(found[feeds:])

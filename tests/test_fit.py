@@ -8,6 +8,7 @@ import csv
 import re
 import sys
 import types
+import warnings
 
 import keras
 import numpy as np
@@ -725,6 +726,55 @@ def test_compiled_by_xla():
         model = make(jit_compile=True)
         fdg_keras.fit(model, X, Y, splits=["norm"], stash=stash, **FIT)
         assert_same_weights(model, expected)
+
+
+def make_of_xla(kind, **compiled):
+    """A model of operations that XLA has kernels of its own for."""
+    keras.utils.set_random_seed(3)
+    inputs = keras.Input((8, 4))
+    if kind == "loop":
+        h = layers.GRU(5, name="first")(inputs)
+    elif kind == "attention":
+        h = layers.MultiHeadAttention(2, 3, name="first")(inputs, inputs)
+        h = layers.Flatten()(layers.LayerNormalization()(h))
+    else:
+        h = layers.Conv1D(5, 3, use_bias=False, name="first")(inputs)
+        h = layers.BatchNormalization()(layers.MaxPooling1D()(h))
+        h = layers.Flatten()(layers.Dropout(0.2, seed=1)(h))
+    h = layers.Dense(5, "gelu", kernel_regularizer="l2", name="second")(h)
+    model = keras.Model(inputs, layers.Dense(2)(h))
+    # Not one that divides by the size of gradients: some are zero but for
+    # rounding.
+    optimizer = keras.optimizers.SGD(0.05, 0.9, gradient_accumulation_steps=2)
+    model.compile(optimizer, "mse", metrics=["mae"], **compiled)
+    return model
+
+
+@pytest.mark.parametrize("emulate", [False, True])
+@pytest.mark.parametrize("kind", ["convolution", "attention", "loop"])
+def test_compiled_by_xla_as_keras_does(kind, emulate):
+    x = np.random.default_rng(0).random((len(X), 8, 4), "float32")
+    expected = make_of_xla(kind, jit_compile=True)
+    wanted = expected.fit(x, Y, epochs=2, **FIT).history
+    model = make_of_xla(kind, jit_compile=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = fdg_keras.fit(
+            model,
+            x,
+            Y,
+            splits=["first", "second"],
+            delay=0,
+            emulate=emulate,
+            epochs=2,
+            **FIT,
+        ).history
+    without = [w for w in caught if "without XLA" in str(w.message)]
+    assert bool(without) == (kind == "loop" and not emulate)
+    for name, values in wanted.items():
+        np.testing.assert_allclose(found[name], values, rtol=1e-4, atol=1e-6)
+    assert_same_weights(model, expected)
+    assert model.jit_compile
 
 
 class Traced(layers.Layer):
