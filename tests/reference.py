@@ -200,6 +200,7 @@ def train(
     predict: bool = False,
     compensate: float = 0.0,
     reschedule: float = 0.0,
+    rates: Callable[[int, int], float] | None = None,
 ) -> Result:
     """Trains `model` in place, as `stash="exact"` must.
 
@@ -222,6 +223,8 @@ def train(
         predict: Whether F(b) uses the weights that momentum leads to.
         compensate: lambda of the delay compensation.
         reschedule: T of the learning-rate rescheduling, in updates.
+        rates: The learning rate of each epoch's ticks. Those of the drain
+            count as the last one. Default: the optimizer's.
     """
     assert order in ORDERS
     stages = [find_layers(model, names) for names in groups]
@@ -232,14 +235,18 @@ def train(
     result = Result([], batch_sizes(batches), [], optimizers)
     # Updates between F(b) and B(b).
     tau = [max(i - (order == "update_first"), 0) for i in d]
-    rate = float(optimizer.learning_rate)
+    constant = float(optimizer.learning_rate)
+    now_at = 0, 0  # this epoch, this tick of it
 
     def set_rate(k):
+        rate = rates(*now_at) if rates else constant
+        if rates and optimizers[k] is not None:
+            optimizers[k].learning_rate = rate
         if tau[k] and reschedule and optimizers[k] is not None:
             young = 1 - min(int(optimizers[k].iterations) / reschedule, 1)
             optimizers[k].learning_rate = rate * tau[k] ** -young
 
-    for _ in range(epochs):
+    for epoch in range(epochs):
         result.losses.append([])
         result.outputs.append([])
         gradients: list = []  # gradients[b][k], of batch b for stage k
@@ -258,6 +265,7 @@ def train(
             apply(optimizers[k], g, weights[k])
 
         for t, batch in enumerate(batches):
+            now_at = epoch, t
             if order == "update_first":
                 for k in range(K):
                     if d[k] > 0 and t >= d[k]:

@@ -14,6 +14,7 @@ the other standard models those are 430 tests, and take 26 minutes on two cores.
 """
 
 import itertools
+import math
 
 import keras
 import numpy as np
@@ -354,6 +355,52 @@ def test_replay_equals_the_reference(name, setting):
         setting.make_optimizer(),
         stash="replay",
         **setting.rule,
+    )
+    assert_same_weights(case.model, expected.model)
+    np.testing.assert_allclose(
+        history.history["loss"], result.epoch_losses, rtol=1e-5
+    )
+
+
+class Decaying(keras.callbacks.Callback):
+    """Lowers the rate after each window; is content with weights in motion."""
+
+    drain_every = None
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.model.optimizer.learning_rate = 0.8 * float(
+            self.model.optimizer.learning_rate
+        )
+
+
+@pytest.mark.parametrize(
+    ("delay", "window", "order", "emulate"),
+    pairwise((0, 1, 2), (1, 2, 5), ORDERS, (False, True)),
+)
+def test_rates_that_a_callback_sets(delay, window, order, emulate):
+    """As documented: `ceil(d_0 / window) + 2` windows after the one it saw."""
+    case, expected = zoo.mlp(), zoo.mlp()
+    optimizer = keras.optimizers.SGD(0.2, momentum=0.9)
+    case.model.compile(optimizer, case.loss, steps_per_execution=window)
+    trainer = fdg_keras.Trainer(
+        case.model, case.cuts[3], delay=delay, order=order, emulate=emulate
+    )
+    history = fit(trainer, case, epochs=2, callbacks=[Decaying()])
+    d_0, n = 2 * delay, len(batches_of(case))
+    ahead = math.ceil(d_0 / window) + 2 if delay else 1
+
+    def rate(epoch, tick):
+        ended = epoch * math.ceil(n / window)
+        return 0.2 * 0.8 ** (ended + max(tick // window - ahead + 1, 0))
+
+    result = refer(
+        expected,
+        trainer,
+        optimizer,
+        epochs=2,
+        delay=delay,
+        order=order,
+        rates=rate,
     )
     assert_same_weights(case.model, expected.model)
     np.testing.assert_allclose(
