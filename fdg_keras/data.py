@@ -339,7 +339,8 @@ def _check_shapes(inputs: Sequence[tf.TensorSpec], graph: Graph) -> None:
         )
     for spec, value in zip(inputs, graph.inputs):
         symbol = graph.symbols[value]
-        if not spec.shape.is_compatible_with(symbol.shape):
+        # As Keras, which does not look at a batch size that the model gives.
+        if not spec.shape[1:].is_compatible_with(symbol.shape[1:]):
             raise ValueError(
                 f"The data do not fit the model's input {symbol.name!r}: "
                 f"expected batches of shape {tuple(symbol.shape)}. Reshape the "

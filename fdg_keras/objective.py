@@ -57,7 +57,11 @@ class Objective:
                 "Pass targets, or compile the model without a loss if its "
                 "layers add losses of their own."
             )
-        symbols = [graph.symbols[v] for v in graph.outputs]
+        # Of any batch size, whatever the model says of it: as Keras.
+        symbols = [
+            keras.KerasTensor([None] * bool(s.shape) + [*s.shape[1:]], s.dtype)
+            for s in (graph.symbols[v] for v in graph.outputs)
+        ]
         with self.fitting():
             _keras.build_losses_and_metrics(
                 model,

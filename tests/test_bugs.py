@@ -1029,6 +1029,29 @@ def test_probabilities_that_round_to_zero_with_delay():
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("batch_size", [4, 5, 8])
+def test_a_model_of_another_batch_size(batch_size):
+    """A size that divides the samples was refused, and others not."""
+    x, y = np.ones((32, 4), "float32"), np.ones((32, 1), "float32")
+    models = []
+    for staged in (True, False):
+        keras.utils.set_random_seed(1)
+        model = keras.Sequential(
+            [
+                keras.Input(batch_shape=(8, 4)),
+                keras.layers.Dense(3),
+                keras.layers.Dense(1),
+            ]
+        )
+        model.compile("sgd", "mse")
+        fitted = fdg_keras.Trainer(model, 2, delay=0) if staged else model
+        fitted.fit(x, y, batch_size=batch_size, verbose=0)
+        fitted.evaluate(x, y, batch_size=batch_size, verbose=0)
+        models.append(model)
+    for a, b in zip(*(model.weights for model in models)):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
 def _stopped_by(name):
     """Layers through which no gradient comes back."""
     stop = keras.ops.stop_gradient
