@@ -991,7 +991,9 @@ SURE_ACTIVATIONS = [("softmax", "sigmoid"), (tf.nn.softmax, tf.nn.sigmoid)]
     ],
     ids=str,
 )
-@pytest.mark.parametrize("activations", SURE_ACTIVATIONS, ids=str)
+@pytest.mark.parametrize(
+    "activations", SURE_ACTIVATIONS, ids=["Keras", "TensorFlow"]
+)
 def test_probabilities_that_round_to_zero(settings, activations):
     """Their gradient was zero, and the loss too small.
 
