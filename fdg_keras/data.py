@@ -45,7 +45,9 @@ class Batches:
     Elements of `dataset` are pairs of flat tuples: the model's inputs as the
     model wants them, and the targets as `Objective` wants them.
 
-    A `tf.data.Dataset` is read on the machine that it was made on.
+    A `tf.data.Dataset` is read on the machine that it was made on, and is not
+    tuned while it is read unless its options say so: where it leaves a number
+    to TensorFlow, that is the number of cores.
 
     Args:
         graph: The model.
@@ -103,9 +105,15 @@ class Batches:
             targets = itertools.compress(tf.nest.flatten((y, weight)), present)
             return tuple(inputs), (*targets, size)
 
+        options = tf.data.Options()
+        if dataset.options().autotune.enabled is None:
+            # The thread that tunes a data set may miss that the iterator is
+            # deleted, which waits for it in its sleep: up to a minute in which
+            # Python stands still, at the end of a `fit` and on Ctrl-C.
+            options.autotune.enabled = False
         try:
             with self._there():
-                self.dataset = dataset.map(arrange)
+                self.dataset = dataset.map(arrange).with_options(options)
         except ValueError as error:
             raise ValueError(_misfit(graph, dataset.element_spec)) from error
         inputs, _ = self.dataset.element_spec

@@ -43,6 +43,7 @@ hypothesis.settings.load_profile("repeatable")
 # waited for up to a minute in which Python stands still: it looks whether it is
 # cancelled while the cancellation is under way, and goes to sleep again. Of a
 # suite with thousands of iterators on busy cores it was a quarter of the time.
+# The library has data sets untuned anyway; this is for those of `model.fit`.
 _UNTUNED = tf.data.Options()
 _UNTUNED.autotune.enabled = False
 _iterate = tf.data.Dataset.__iter__

@@ -376,3 +376,18 @@ def test_a_failing_data_set_raises_its_own_error(graph):
     batches = Batches(graph, x=dataset)
     with pytest.raises(tf.errors.InvalidArgumentError, match="a bad batch"):
         first_rows(batches)
+
+
+@pytest.mark.parametrize("said", [None, True, False])
+def test_data_are_not_tuned_unless_they_say_so(graph, said):
+    """Its thread may hold up Ctrl-C for long."""
+    data = tf.data.Dataset.from_tensor_slices((X, Y)).batch(2)
+    options = tf.data.Options()
+    options.autotune.ram_budget = 10**9
+    if said is not None:
+        options.autotune.enabled = said
+    batches = Batches(graph, x=data.with_options(options))
+    found = batches.dataset.options().autotune
+    assert found.enabled == bool(said)
+    assert found.ram_budget == 10**9
+    assert not Batches(graph, x=X, y=Y).dataset.options().autotune.enabled
