@@ -5,7 +5,9 @@
 
 Starts a worker for each stage on this machine, and trains the same network in
 turns, on logical CPUs of this process and on the workers. Prints milliseconds
-per step (medians of the rounds), and the median of the ratios within a round.
+per step (medians of the rounds), the median of the ratios within a round, and
+likewise of the processor time of all processes: where the stages leave no core
+idle, a step cannot cost less.
 
 Every operation has one thread, here and in the workers, so that a stage is
 worth about one core. Both run with the same cores; what differs is that tensors
@@ -49,7 +51,7 @@ class Linked(bench_speed.Linked):
 
 @contextlib.contextmanager
 def workers(count):
-    """Starts workers on this machine; yields their addresses."""
+    """Starts workers on this machine; yields their addresses and processes."""
     addresses = [f"127.0.0.1:{sockets.free_port()}" for _ in range(count)]
     environment = {
         **os.environ,
@@ -57,6 +59,7 @@ def workers(count):
         "CUDA_VISIBLE_DEVICES": "-1",
         "TF_NUM_INTRAOP_THREADS": "1",
     }
+    processes = []
     with contextlib.ExitStack() as started:
         for task in range(count):
             command = [sys.executable, "-m", "fdg_keras.worker"]
@@ -70,10 +73,21 @@ def workers(count):
                 )
             )
             started.callback(process.terminate)
-        yield addresses
+            processes.append(process.pid)
+        yield addresses, processes
 
 
-def measure(name, hidden, batch, devices, rounds):
+def processor_s(processes):
+    """Returns how long this process and others have used a processor."""
+    ticks = 0
+    for process in ("self", *processes):
+        text = Path(f"/proc/{process}/stat").read_text()
+        user, system = text.rpartition(")")[2].split()[11:13]
+        ticks += int(user) + int(system)
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def measure(name, hidden, batch, devices, processes, rounds):
     """Measures one case; returns an entry of the JSON file."""
     splits = len(devices)
     variants = {
@@ -82,23 +96,31 @@ def measure(name, hidden, batch, devices, rounds):
         ),
         "workers": Linked(name, hidden, batch, devices),
     }
-    steps = {}
-    for key, variant in variants.items():
+    steps = bench_speed.LEAST_STEPS
+    for variant in variants.values():
         variant.run(8)  # the first run initializes kernels
-        wanted = bench_speed.ROUND_S / variant.run(8)
-        steps[key] = int(max(wanted, bench_speed.LEAST_STEPS))
+        steps = max(steps, int(bench_speed.ROUND_S / variant.run(8)))
     times = {key: [] for key in variants}
+    used = {key: [] for key in variants}
     for _ in range(rounds):
         for key, variant in variants.items():
-            times[key].append(1e3 * variant.run(steps[key]))
-    ratios = [w / o for w, o in zip(times["workers"], times["one_process"])]
+            start = processor_s(processes)
+            times[key].append(1e3 * variant.run(steps))
+            used[key].append(processor_s(processes) - start)
+    ratio, processor = (
+        statistics.median(
+            w / o for w, o in zip(found["workers"], found["one_process"])
+        )
+        for found in (times, used)
+    )
     return {
         "model": name,
         "layers": hidden or None,
         "batch": batch,
         "K": splits,
         **{f"{key}_ms": statistics.median(ms) for key, ms in times.items()},
-        "workers_over_one_process": statistics.median(ratios),
+        "workers_over_one_process": ratio,
+        "processor_time": processor,
         "rounds_ms": times,
     }
 
@@ -110,6 +132,7 @@ def row(case):
         f"{name:<10}{case['batch']:>5}{case['K']:>3}"
         f"{case['one_process_ms']:>13.1f}{case['workers_ms']:>10.1f}"
         f"{case['workers_over_one_process']:>8.3f}"
+        f"{case['processor_time']:>11.3f}"
     )
 
 
@@ -121,12 +144,14 @@ def main():
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--rounds", type=int, help="default 9, --quick 3")
     parser.add_argument("--workers", help=argparse.SUPPRESS)
+    parser.add_argument("--processes", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.workers is None:
         # They end after who is connected to them, or TensorFlow complains.
-        with workers(max(splits for *_, splits in CASES)) as addresses:
+        with workers(max(splits for *_, splits in CASES)) as (addresses, ids):
             command = [sys.executable, __file__, *sys.argv[1:]]
             command += ["--workers", ",".join(addresses)]
+            command += ["--processes", ",".join(map(str, ids))]
             sys.exit(subprocess.run(command).returncode)
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.set_visible_devices([], "GPU")
@@ -140,11 +165,18 @@ def main():
     print(", ".join(f"{k} {v}" for k, v in result["machine"].items()))
     print(
         f"{'network':<10}{'batch':>5}{'K':>3}{'one process':>13}"
-        f"{'workers':>10}{'ratio':>8}"
+        f"{'workers':>10}{'ratio':>8}{'processor':>11}"
     )
     rounds = args.rounds or (3 if args.quick else 9)
     for name, hidden, batch, splits in QUICK if args.quick else CASES:
-        case = measure(name, hidden, batch, devices[:splits], rounds)
+        case = measure(
+            name,
+            hidden,
+            batch,
+            devices[:splits],
+            args.processes.split(","),
+            rounds,
+        )
         result["cases"].append(case)
         print(row(case), flush=True)
         if args.json:

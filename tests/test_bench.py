@@ -98,8 +98,17 @@ def test_planning_deep_networks(monkeypatch):
 def test_a_case_of_the_cluster():
     """On two devices of this process, which is what workers are compared to."""
     script = importlib.import_module("bench_cluster")
-    case = script.measure("mlp", 3, 32, ["CPU:2", "CPU:3"], rounds=2)
+    case = script.measure("mlp", 3, 32, ["CPU:2", "CPU:3"], [], rounds=2)
     assert case["one_process_ms"] > 0
     assert case["workers_ms"] > 0
+    assert case["processor_time"] > 0
     assert len(case["rounds_ms"]["workers"]) == 2
     assert "mlp (3)" in script.row(case)
+
+
+def test_a_deep_network(tmp_path):
+    script = importlib.import_module("bench_deep")
+    found = script.measure("resnet_digits", "digits", str(tmp_path))
+    assert found["batches"] == script.STEPS == len(found["losses"])
+    assert 0 < found["step_s"] < found["first_step_s"]
+    assert 0.1 < found["peak_gib"] < 100
