@@ -105,15 +105,9 @@ class Batches:
             targets = itertools.compress(tf.nest.flatten((y, weight)), present)
             return tuple(inputs), (*targets, size)
 
-        options = tf.data.Options()
-        if dataset.options().autotune.enabled is None:
-            # The thread that tunes a data set may miss that the iterator is
-            # deleted, which waits for it in its sleep: up to a minute in which
-            # Python stands still, at the end of a `fit` and on Ctrl-C.
-            options.autotune.enabled = False
         try:
             with self._there():
-                self.dataset = dataset.map(arrange).with_options(options)
+                self.dataset = _untuned(dataset.map(arrange))
         except ValueError as error:
             raise ValueError(_misfit(graph, dataset.element_spec)) from error
         inputs, _ = self.dataset.element_spec
@@ -202,6 +196,19 @@ class Batches:
             # As Keras does, also where it opens another one when the next
             # epoch begins: each opening shuffles a data set anew.
             self._open()
+
+
+def _untuned(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """Returns a data set that is not tuned while it is read.
+
+    Unless its options say so. The thread that tunes it may miss that the
+    iterator is deleted, which waits for it in its sleep: up to a minute in
+    which Python stands still, at the end of a `fit` and on Ctrl-C.
+    """
+    options = tf.data.Options()
+    if dataset.options().autotune.enabled is None:
+        options.autotune.enabled = False
+    return dataset.with_options(options)
 
 
 def build_for(model: Any, x: Any) -> None:

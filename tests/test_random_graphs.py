@@ -32,6 +32,8 @@ from fdg_keras.slicing import Graph, cut_graph, trace_graph
 
 pytestmark = [
     pytest.mark.slow,
+    # Of hundreds of models, not of one.
+    pytest.mark.timeout(900),
     # What does not support masks drops them, in the model as in its slices.
     pytest.mark.filterwarnings("ignore:.*does not support masking"),
     # Of layers before integers or comparisons, in both trainings.
