@@ -151,6 +151,8 @@ class Objective:
 
         See `checks.check_reads`.
         """
+        if not read:
+            return  # Eagerly, this is asked for each batch.
         # Keras computes their results whenever it updates one.
         metrics = {
             id(_keras.get_storage(v))
