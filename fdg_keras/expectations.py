@@ -19,14 +19,22 @@ TICK_S = 1e-4
 _PAYS = 1.1
 
 
-def assumptions(graph: Graph, uncounted: Sequence[int]) -> tuple[str, ...]:
-    """Returns what a reader should know of sizes that are not known.
+def assumptions(
+    graph: Graph, uncounted: Sequence[int], compiled: bool
+) -> tuple[str, ...]:
+    """Returns what a reader should know of what is not known.
 
     Args:
         graph: The model.
         uncounted: Stages of which not all bytes are counted.
+        compiled: Whether the model has an optimizer.
     """
     notes = []
+    if not compiled:
+        notes.append(
+            "The model is not compiled, so an optimizer's updates and slots "
+            "are not counted: compile it before you plan."
+        )
     open_ = graph.open_symbols()
     if open_:
         note = (

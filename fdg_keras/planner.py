@@ -18,8 +18,7 @@ from fdg_keras.memory import Ledger
 from fdg_keras.placement import host_of, resolve_devices
 from fdg_keras.planning import balance, estimates, legal_ends, make_plan
 from fdg_keras.plans import Plan, StagePlan
-from fdg_keras.profiles import Profile
-from fdg_keras.profiling import description, profile
+from fdg_keras.profiling import Profiler, description
 from fdg_keras.rates import UpdateRate, transfer_rate, update_rate
 from fdg_keras.resources import StageBytes
 from fdg_keras.room import Room, check_limit
@@ -86,7 +85,8 @@ def plan(
         ValueError: If an argument is out of range, the model cannot be cut so
             often or was compiled with what cannot be done in stages, or a
             stage does not fit in memory; then it names the stage, by how much
-            it is too large, and what would fit.
+            it is too large, and what would fit, before anything is measured.
+            Or a layer is too large to be measured at all; then it is named.
     """
     _check(splits, batch_size)
     check_settings(delay, stash, order="forward_first")
@@ -99,30 +99,29 @@ def plan(
     if optimizer is not None:
         check_model(model)
 
-    # ---- What nodes and cuts cost ---------------------------------------
-    jit_compile = model.jit_compile is True
-    kinds = {
-        description(name): _Kind(
-            profile(graph, batch_size, name, jit_compile, measure, cache_dir),
-            update_rate(optimizer, name, measure) if optimizer else None,
-        )
-        for name in names
-    }
+    # ---- The best cuts that fit, as far as is known without running ------
+    settings = (batch_size, model.jit_compile is True, measure, cache_dir)
+    kinds: dict[str, _Kind] = {}
+    for name in names:
+        if description(name) not in kinds:
+            kinds[description(name)] = _Kind(graph, optimizer, name, *settings)
     kind_of = [kinds[description(name)] for name in names]
+    first = kind_of[0]
     ledger = Ledger(
-        graph, kind_of[0].profiles, batch_size, delay, stash, kind_of[0].slots
+        graph, first.profiles, batch_size, delay, stash, first.slots
     )
-    if measure:
-        times = _Times(kind_of, ledger, _handing_over(names, ledger))
-        nodes, paid = times.nodes, times.paid
-    else:
-        nodes, paid = estimates(graph, splits)
-
-    # ---- The best cuts that fit -----------------------------------------
     room = Room(ledger, ends, splits, memory_limit, names)
-    cuts = balance(ends, nodes, paid, room.excess)
+    cuts = balance(ends, *estimates(graph, splits), room.excess)
     if cuts is None:
         raise ValueError(room.refusal())
+
+    # ---- The best by what nodes and cuts take ----------------------------
+    if measure:
+        for kind in kinds.values():
+            kind.measure()
+        times = _Times(kind_of, ledger, _handing_over(names, ledger))
+        cuts = balance(ends, times.nodes, times.paid, room.excess)
+        assert cuts is not None  # as some fit
 
     # ---- What they come to ----------------------------------------------
     stages = _stages(graph, ledger, cuts, names)
@@ -130,7 +129,7 @@ def plan(
         itertools.pairwise([0, *(p + 1 for p in cuts), len(graph.nodes)])
     )
     uncounted = [k for k, edge in enumerate(edges) if ledger.unsized(*edge)]
-    notes = assumptions(graph, uncounted)
+    notes = assumptions(graph, uncounted, optimizer is not None)
     if memory_limit is not None:
         for note in notes:
             warn(f"{note} The memory limit is not sure to hold.")
@@ -143,20 +142,44 @@ def plan(
     ]
     return expected(
         dataclasses.replace(found, stages=tuple(timed), whole_s=times.whole_s),
-        sum(p.processor_s for p in kind_of[0].profiles),
+        sum(p.processor_s for p in first.profiles),
         all(_share_memory(names[0], name) for name in names),
     )
 
 
-@dataclasses.dataclass(frozen=True)
 class _Kind:
-    """What was found of devices that are alike."""
+    """What is found of devices that are alike, by one of them.
 
-    profiles: list[Profile]
-    update: UpdateRate | None
+    Attributes:
+        profiles: Of the model's nodes, without times until `measure` is called.
+        update: Of the optimizer, if there is one.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        optimizer: keras.optimizers.Optimizer | None,
+        device: str,
+        batch_size: int,
+        jit_compile: bool,
+        measure: bool,
+        cache_dir: str | os.PathLike | None,
+    ):
+        self._profiler = Profiler(
+            graph, batch_size, device, jit_compile, cache_dir
+        )
+        self.profiles = self._profiler.untimed()
+        self.update: UpdateRate | None = None
+        if optimizer is not None:
+            self.update = update_rate(optimizer, device, measure)
+
+    def measure(self) -> None:
+        """Adds times to the profiles."""
+        self.profiles = self._profiler.timed()
 
     @property
     def slots(self) -> float:
+        """Bytes of the optimizer's slots for a byte of trainable weights."""
         return self.update.slots if self.update else 0.0
 
     def seconds(self, ledger: Ledger) -> np.ndarray:
@@ -305,9 +328,10 @@ def _sized(
 def _check(splits: Any, batch_size: Any) -> None:
     for name, value in ("splits", splits), ("batch_size", batch_size):
         whole = isinstance(value, numbers.Integral)
-        if not whole or isinstance(value, bool) or value < 1:
+        # TensorFlow counts samples in 32 bits here and there.
+        if not whole or isinstance(value, bool) or not 1 <= value < 2**31:
             raise ValueError(
-                f"Expected `{name}` to be a whole number of at least 1. "
+                f"Expected `{name}` to be a whole number from 1 to 2**31 - 1. "
                 f"Received: {value!r}"
             )
 

@@ -51,6 +51,9 @@ class ProfileCache:
 
     One that cannot be read, or is not what it should be, is measured again;
     one that cannot be written is not kept. Neither is a reason to fail.
+
+    Raises:
+        ValueError: If `folder` is no path.
     """
 
     def __init__(self, folder: str | os.PathLike | None):
@@ -58,6 +61,11 @@ class ProfileCache:
         default = os.environ.get("FDG_KERAS_CACHE") or f"{home}/fdg_keras"
         try:
             self._folder = pathlib.Path(folder or default).expanduser()
+        except TypeError:
+            raise ValueError(
+                "Expected `cache_dir` to be the path of a folder. Received: "
+                f"cache_dir={folder!r}"
+            ) from None
         except RuntimeError:
             # A user without a home: nothing is found there, and nothing kept.
             self._folder = pathlib.Path(os.devnull, "fdg_keras")

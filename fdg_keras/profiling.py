@@ -29,17 +29,10 @@ _LOOP_S = 0.02
 _ROUNDS = 7
 
 
-def profile(
-    graph: Graph,
-    batch_size: int,
-    device: str,
-    jit_compile: bool = False,
-    measure: bool = True,
-    cache_dir: str | os.PathLike | None = None,
-) -> list[Profile]:
-    """Measures the forward and the backward of each node on a device.
+class Profiler:
+    """Finds what each node takes on a device, for a batch.
 
-    Nodes that compute the same, the blocks of a deep network, are measured
+    Nodes that compute the same, the blocks of a deep network, are looked at
     once. Updates are not measured.
 
     Args:
@@ -48,42 +41,60 @@ def profile(
             taken as 1.
         device: Where to run, a full TensorFlow name.
         jit_compile: Whether XLA compiles forward and backward.
-        measure: Whether to measure times; if not they are 0.
         cache_dir: Where profiles are kept. Default: `FDG_KERAS_CACHE` in the
             environment, or else `fdg_keras` in the user's folder for caches.
-
-    Returns:
-        A profile for each node.
     """
-    needed = needs_gradient(graph)
-    wanted = [any(needed[v] for v in node.inputs) for node in graph.nodes]
-    setting = (batch_size, jit_compile, *where(device))
-    named = [
-        key_of(graph, node, asked, setting)
-        for node, asked in zip(graph.nodes, wanted)
-    ]
-    keys = [key for key, _ in named]
-    cache = ProfileCache(cache_dir)
-    found = _cached(cache, dict(zip(named, graph.nodes)))
-    pieces: dict[str, _Piece] = {}
-    for key, node, asked in zip(keys, graph.nodes, wanted):
-        if key not in found and key not in pieces:
-            pieces[key] = _Piece(
-                graph, node, asked, batch_size, device, jit_compile
-            )
-    times: dict[str, list[Profile]] = {key: [] for key in pieces}
-    for _ in range(_ROUNDS if measure else 0):
-        for key, piece in pieces.items():
-            times[key].append(piece.run())
-    if not measure:
-        found.update((key, piece.untimed) for key, piece in pieces.items())
-        return [found[key] for key in keys]
-    lasting = dict(named)
-    for key, profiles in times.items():
-        found[key] = _median(profiles)
-        if lasting[key]:
-            cache.write(key, found[key])
-    return [found[key] for key in keys]
+
+    def __init__(
+        self,
+        graph: Graph,
+        batch_size: int,
+        device: str,
+        jit_compile: bool = False,
+        cache_dir: str | os.PathLike | None = None,
+    ):
+        needed = needs_gradient(graph)
+        wanted = [any(needed[v] for v in node.inputs) for node in graph.nodes]
+        setting = (batch_size, jit_compile, *where(device))
+        named = [
+            key_of(graph, node, asked, setting)
+            for node, asked in zip(graph.nodes, wanted)
+        ]
+        self._keys = [key for key, _ in named]
+        self._lasting = dict(named)
+        self._cache = ProfileCache(cache_dir)
+        self._found = _cached(self._cache, dict(zip(named, graph.nodes)))
+        self._pieces: dict[str, _Piece] = {}
+        for key, node, asked in zip(self._keys, graph.nodes, wanted):
+            if key not in self._found and key not in self._pieces:
+                self._pieces[key] = _Piece(
+                    graph, node, asked, batch_size, device, jit_compile
+                )
+
+    def untimed(self) -> list[Profile]:
+        """Returns a profile for each node, without measuring any.
+
+        What is not known from before has times of 0.
+        """
+        bare = {key: piece.untimed for key, piece in self._pieces.items()}
+        return [(self._found | bare)[key] for key in self._keys]
+
+    def timed(self) -> list[Profile]:
+        """Returns a profile for each node, and keeps what was measured.
+
+        Raises:
+            ValueError: If a node needs more memory than there is.
+        """
+        times: dict[str, list[Profile]] = {key: [] for key in self._pieces}
+        for _ in range(_ROUNDS):
+            for key, piece in self._pieces.items():
+                times[key].append(piece.run())
+        for key, profiles in times.items():
+            self._found[key] = _median(profiles)
+            if self._lasting[key]:
+                self._cache.write(key, self._found[key])
+        self._pieces.clear()
+        return [self._found[key] for key in self._keys]
 
 
 def description(device: str) -> str:
@@ -133,6 +144,7 @@ class _Piece:
         floating = [spec.dtype.is_floating for spec in sent]
         stage.cut(floating, "exact", wanted)
         self._stage, self._specs = stage, specs
+        self._name, self._batch_size = node.name, batch_size
         self._given = list(itertools.compress(sent, floating))
         kept = stage.kept(batch_size)
         #: What is known without measuring.
@@ -173,8 +185,20 @@ class _Piece:
         return loops
 
     def run(self) -> Profile:
-        """Measures once."""
-        times = [loop.run() for loop in self._loops]
+        """Measures once.
+
+        Raises:
+            ValueError: If it needs more memory than there is.
+        """
+        try:
+            times = [loop.run() for loop in self._loops]
+        except (tf.errors.ResourceExhaustedError, MemoryError) as error:
+            raise ValueError(
+                f"{self._name!r} alone needs more memory than "
+                f"{self._stage.device} has. Expected a `batch_size` with which "
+                "each layer fits; `measure=False` tells the bytes of a plan "
+                f"without running it. Received: batch_size={self._batch_size}"
+            ) from error
         seconds = [one for one, _ in times]
         return dataclasses.replace(
             self.untimed,

@@ -14,6 +14,9 @@ from fdg_keras.schedules import Delayed, Schedule, check_whole
 Stash = Literal["exact", "selective", "current", "replay"]
 STASHES = ("exact", "selective", "current", "replay")
 
+# Sums and squares of amounts up to this are still numbers.
+_MOST = 1e100
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -36,7 +39,7 @@ class Cost:
         running: Bytes that passes need while they run.
 
     Raises:
-        ValueError: If one is negative or not finite.
+        ValueError: If one is negative, or beyond reason (1e100).
     """
 
     forward_s: float
@@ -190,10 +193,11 @@ def check_number(name: str, value: Any, meaning: str) -> None:
     """Checks an amount; arguments as of `schedules.check_whole`.
 
     Raises:
-        ValueError: If it is no number, negative, or not finite.
+        ValueError: If it is no number, negative, or beyond reason.
     """
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not real or not 0 <= value < math.inf:
+    if not real or not 0 <= value <= _MOST:
         raise ValueError(
-            f"Expected `{name}` to be {meaning}. Received: {name}={value!r}"
+            f"Expected `{name}` to be {meaning}, and at most {_MOST:g}. "
+            f"Received: {name}={value!r}"
         )

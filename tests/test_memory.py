@@ -13,7 +13,7 @@ from keras import layers
 from fdg_keras import planning
 from fdg_keras.memory import Ledger
 from fdg_keras.planning import choose_cuts, legal_ends
-from fdg_keras.profiling import profile
+from fdg_keras.profiling import Profiler
 from fdg_keras.room import Room
 from fdg_keras.slicing import cut_graph, trace_graph
 from fdg_keras.stashes import traced_stashes
@@ -30,7 +30,7 @@ def traced(graph, cuts, stash):
 
 
 def ledger_of(graph, stash="exact", delay=2, slots=1.0):
-    profiles = profile(graph, BATCH, DEVICE, measure=False)
+    profiles = Profiler(graph, BATCH, DEVICE).untimed()
     return Ledger(graph, profiles, BATCH, delay, stash, slots)
 
 

@@ -9,6 +9,7 @@ import warnings
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 import zoo
 from keras import layers
 
@@ -18,7 +19,7 @@ from fdg_keras.advice import Measured, with_measured
 from fdg_keras.crossing import STASHES
 from fdg_keras.planning import choose_cuts
 from fdg_keras.profiles import Profile, ProfileCache
-from fdg_keras.profiling import profile
+from fdg_keras.profiling import Profiler
 from fdg_keras.rates import UpdateRate, transfer_rate
 from fdg_keras.resources import Cable
 from fdg_keras.schedules import Delayed
@@ -144,17 +145,22 @@ def with_a_slow_device(monkeypatch):
     def planned(times, count):
         measured = []
 
-        def pretend(graph, batch_size, device, *rest):
-            measured.append(device[-1])
-            seconds = times if device.endswith("0") else 1.0
-            return [
-                dataclasses.replace(p, forward_s=seconds, backward_s=0.0)
-                for p in profile(graph, batch_size, device, False, False)
-            ]
+        class Pretended(Profiler):
+            def __init__(self, graph, batch_size, device, *rest):
+                super().__init__(graph, batch_size, device)
+                self.device = device
+
+            def timed(self):
+                measured.append(self.device[-1])
+                seconds = times if self.device.endswith("0") else 1.0
+                return [
+                    dataclasses.replace(p, forward_s=seconds, backward_s=0.0)
+                    for p in self.untimed()
+                ]
 
         free = UpdateRate(0.0, 1.0)
         monkeypatch.setattr(planner, "description", lambda name: name)
-        monkeypatch.setattr(planner, "profile", pretend)
+        monkeypatch.setattr(planner, "Profiler", Pretended)
         monkeypatch.setattr(planner, "update_rate", lambda *_: free)
         alike = [layers.Dense(4) for _ in range(count)]
         model = _compiled(keras.Sequential([keras.Input((4,)), *alike]))
@@ -191,7 +197,7 @@ def test_without_delay_stages_take_turns(tmp_path):
 
 @pytest.mark.parametrize("limit", [0, "1GB", [1.0], [1, 2, 3], True])
 def test_a_limit_is_checked_before_anything_is_measured(monkeypatch, limit):
-    monkeypatch.setattr(planner, "profile", None)
+    monkeypatch.setattr(planner, "Profiler", None)
     with pytest.raises(ValueError, match=r"`memory_limit` to be.*Received"):
         fdg_keras.plan(network(), 2, 8, ["CPU:0"] * 2, memory_limit=limit)
 
@@ -270,7 +276,7 @@ def pieces(monkeypatch):
 
 
 def test_what_is_alike_is_measured_once(pieces):
-    profile(trace_graph(network(blocks=8)), 8, DEVICE)
+    Profiler(trace_graph(network(blocks=8)), 8, DEVICE).timed()
     assert pieces == ["stem", "conv0", "norm0", "add0", "pool", "head"]
 
 
@@ -291,7 +297,7 @@ def test_what_is_alike_is_measured_once(pieces):
 )
 def test_names_and_seeds_make_no_difference(pieces, shape, make):
     model = keras.Sequential([keras.Input(shape), *map(make, range(4))])
-    profile(trace_graph(model), 8, DEVICE, measure=False)
+    Profiler(trace_graph(model), 8, DEVICE).untimed()
     # A first layer differs: nobody asks for its input's gradient.
     assert len(pieces) <= 2
 
@@ -306,20 +312,20 @@ def test_precision_makes_a_difference(pieces):
             *(layers.ReLU(dtype=d) for d in ("float32", "mixed_bfloat16")),
         ]
     )
-    profile(trace_graph(model), 8, DEVICE, measure=False)
+    Profiler(trace_graph(model), 8, DEVICE).untimed()
     assert len(pieces) == 2
 
 
 def test_what_was_measured_is_kept(monkeypatch, tmp_path):
     graph = trace_graph(network())
-    first = profile(graph, 8, DEVICE, cache_dir=tmp_path)
+    first = Profiler(graph, 8, DEVICE, cache_dir=tmp_path).timed()
     monkeypatch.setattr("fdg_keras.profiling._Piece", None)
-    assert profile(graph, 8, DEVICE, cache_dir=tmp_path) == first
+    assert Profiler(graph, 8, DEVICE, cache_dir=tmp_path).timed() == first
     # Of another batch or device nothing is known.
     with pytest.raises(TypeError, match="callable"):
-        profile(graph, 16, DEVICE, cache_dir=tmp_path)
+        Profiler(graph, 16, DEVICE, cache_dir=tmp_path).timed()
     with pytest.raises(TypeError, match="callable"):
-        profile(graph, 8, DEVICE, jit_compile=True, cache_dir=tmp_path)
+        Profiler(graph, 8, DEVICE, jit_compile=True, cache_dir=tmp_path).timed()
     # Nor of another machine, or of fewer of its cores.
     for name, value in (
         ("fdg_keras.keys._processor", lambda: "another"),
@@ -329,7 +335,7 @@ def test_what_was_measured_is_kept(monkeypatch, tmp_path):
         with monkeypatch.context() as patch:
             patch.setattr(name, value)
             with pytest.raises(TypeError, match="callable"):
-                profile(graph, 8, DEVICE, cache_dir=tmp_path)
+                Profiler(graph, 8, DEVICE, cache_dir=tmp_path).timed()
 
 
 class Twice(layers.Layer):
@@ -378,7 +384,7 @@ def test_code_of_the_user_is_measured_anew(pieces, tmp_path, make):
     inputs = keras.Input((3, 4))
     model = keras.Model(inputs, layers.Dense(4)(make()(inputs)))
     for _ in range(2):
-        profile(trace_graph(model), 8, DEVICE, cache_dir=tmp_path)
+        Profiler(trace_graph(model), 8, DEVICE, cache_dir=tmp_path).timed()
     assert len(pieces) == 3
     assert pieces[0] == pieces[2]
 
@@ -401,7 +407,7 @@ def test_code_of_the_user_is_told_apart(pieces):
         another(),
     ]
     model = keras.Sequential([keras.Input((8,)), *made])
-    profile(trace_graph(model), 8, DEVICE, measure=False)
+    Profiler(trace_graph(model), 8, DEVICE).untimed()
     # Only blocks of the same class are alike.
     assert pieces == [made[k].name for k in (0, 1, 2, 6, 7)]
 
@@ -450,15 +456,15 @@ def test_a_cache_never_fails(tmp_path):
 def test_a_cache_that_is_spoilt_is_measured_again(pieces, tmp_path, wrong):
     model = keras.Sequential([keras.Input((4,)), layers.Dense(4)])
     graph = trace_graph(model)
-    first = profile(graph, 8, DEVICE, cache_dir=tmp_path)
+    first = Profiler(graph, 8, DEVICE, cache_dir=tmp_path).timed()
     (path,) = tmp_path.glob("*.json")
     if isinstance(wrong, dict):
         wrong = json.dumps(json.loads(path.read_text()) | wrong)
     path.write_text(wrong)
-    again = profile(graph, 8, DEVICE, cache_dir=tmp_path)
+    again = Profiler(graph, 8, DEVICE, cache_dir=tmp_path).timed()
     assert len(pieces) == 2
     assert again[0].keeps_bytes == first[0].keeps_bytes
-    assert profile(graph, 8, DEVICE, cache_dir=tmp_path) == again
+    assert Profiler(graph, 8, DEVICE, cache_dir=tmp_path).timed() == again
     assert len(pieces) == 2
 
 
@@ -472,12 +478,12 @@ def test_costs_are_those_of_the_layers():
             layers.Dense(2048, name="larger"),
         ]
     )
-    small, _, larger = profile(trace_graph(model), 64, DEVICE)
+    small, _, larger = Profiler(trace_graph(model), 64, DEVICE).timed()
     assert larger.forward_s > 3 * small.forward_s
     assert larger.backward_s > 3 * small.backward_s
     # The first needs no gradient of its input, what is frozen none at all.
     model.trainable = False
-    for found in profile(trace_graph(model), 64, DEVICE):
+    for found in Profiler(trace_graph(model), 64, DEVICE).timed():
         assert found.backward_s == 0
         assert not found.keeps_bytes
 
@@ -608,7 +614,7 @@ def test_selective_runs_cheap_layers_again():
         keras.layers.LayerNormalization(),
     ]
     model = keras.Sequential([keras.Input((16,)), *made])
-    profiles = profile(trace_graph(model), 8, DEVICE)
+    profiles = Profiler(trace_graph(model), 8, DEVICE).timed()
     assert [p.cheap for p in profiles] == [
         False,
         True,
@@ -665,7 +671,7 @@ def test_loops_of_unknown_length_are_named():
     inputs = keras.Input((8,))
     h = layers.Dense(8)(inputs)
     h = layers.Lambda(endless, output_shape=(8,))(h)
-    model = keras.Model(inputs, layers.Dense(8)(h))
+    model = _compiled(keras.Model(inputs, layers.Dense(8)(h)))
     plan = fdg_keras.plan(model, 3, 8, measure=False)
     (note,) = plan.notes
     assert "is needed by stage 1:" in note
@@ -680,7 +686,8 @@ def test_sizes_that_are_left_open():
         plan = fdg_keras.plan(model, 2, 8, measure=False)
     assert "were taken for 1" in str(plan)
     inputs = keras.Input((10, 64))
-    model = keras.Model(inputs, layers.Dense(3)(layers.Dense(4)(inputs)))
+    h = layers.Dense(4)(inputs)
+    model = _compiled(keras.Model(inputs, layers.Dense(3)(h)))
     assert fdg_keras.plan(model, 2, 8, measure=False).notes == ()
 
 
@@ -929,6 +936,42 @@ def test_memory_limits_that_cannot_be_met():
         fdg_keras.plan(network(), 2, 64, measure=False, memory_limit=2**20)
 
 
+def test_what_does_not_fit_is_not_measured(monkeypatch):
+    monkeypatch.setattr("fdg_keras.profiling._Piece.run", None)
+    with pytest.raises(ValueError, match="What would fit"):
+        fdg_keras.plan(network(), 2, 64, memory_limit=2**20)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), tf.errors.ResourceExhaustedError(None, None, "OOM")],
+)
+def test_a_layer_that_does_not_fit_is_named(monkeypatch, error):
+    def run(self):
+        raise error
+
+    monkeypatch.setattr("fdg_keras.profiling._Loop.run", run)
+    with pytest.raises(
+        ValueError, match=r"'stem' alone needs more.* batch_size=8$"
+    ):
+        fdg_keras.plan(network(), 2, 8)
+
+
+def test_devices_that_are_alike_are_looked_at_once(pieces):
+    fdg_keras.plan(
+        network(), 3, 8, [f"CPU:{k}" for k in range(3)], measure=False
+    )
+    assert pieces == ["stem", "conv0", "norm0", "add0", "pool", "head"]
+
+
+def test_a_model_that_is_not_compiled_has_a_note():
+    model = network()
+    bare = keras.Model(model.inputs, model.outputs)
+    found = fdg_keras.plan(bare, 2, 8, measure=False)
+    assert "not compiled" in str(found)
+    assert "not compiled" not in str(fdg_keras.plan(model, 2, 8, measure=False))
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -937,10 +980,12 @@ def test_memory_limits_that_cannot_be_met():
         {"splits": 400},
         {"batch_size": 0},
         {"batch_size": None},
+        {"batch_size": 10**13},
         {"delay": -1},
         {"stash": "all"},
         {"devices": ["TPU:7"]},
         {"memory_limit": [1, 2, 3]},
+        {"cache_dir": 5},
     ],
 )
 def test_bad_input(wrong):

@@ -456,7 +456,9 @@ def test_replay_runs_the_forward_again():
 # -- Bad input ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf, "1", None, True])
+@pytest.mark.parametrize(
+    "value", [-1.0, math.nan, math.inf, 1e308, "1", None, True]
+)
 def test_bad_cost(value):
     message = r"Expected `backward_s` to be .* Received: backward_s="
     with pytest.raises(ValueError, match=message):
@@ -495,6 +497,7 @@ def test_cables_that_are_too_many():
         ("overhead_s", -0.1),
         ("jitter", -0.1),
         ("jitter", math.nan),
+        ("jitter", 1e200),
         ("devices", 0),
         ("cores", 0),
         ("cores", 1.5),
