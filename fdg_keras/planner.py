@@ -206,7 +206,8 @@ class _Times:
     Args:
         kinds: What was found of each stage's device.
         ledger: Of the model.
-        paid: Seconds `[K, nodes]` that a stage pays for a cut.
+        paid: Seconds `[K, nodes]` that each of two stages pays for the cut
+            between them, by the first of the two.
 
     Attributes:
         nodes: Seconds `[K, nodes]` of each node in each stage.
@@ -235,7 +236,7 @@ class _Times:
         """Returns stage k, the nodes a to b, with its times."""
         forward, backward = self._times[k, a:b].sum(0) + TICK_S / 2
         sends = self.paid[k, b - 1]
-        returns = self.paid[k, a - 1] if a else 0.0
+        returns = self.paid[k - 1, a - 1] if k else 0.0
         return dataclasses.replace(
             stage,
             costs=tuple(map(float, self.nodes[k, a:b])),
@@ -248,19 +249,15 @@ class _Times:
 
 
 def _handing_over(names: Sequence[str], ledger: Ledger) -> np.ndarray:
-    """Returns seconds `[K, nodes]` that a stage pays for a cut."""
+    """Returns seconds `[K, nodes]` that two stages pay for a cut, each."""
     paid = np.zeros([len(names), len(ledger.sent)])
+    # Who sends waits for it: the stage before the cut for activations, the one
+    # after it for gradients. What each is charged is the larger of the two.
+    bytes_ = np.maximum(ledger.sent, ledger.returned)
     for k, (here, there) in enumerate(itertools.pairwise(names)):
-        if here == there or _share_memory(here, there):
-            continue
-        latency, for_a_byte = transfer_rate(here, there)
-        # Who sends waits for it: stage k for the activations of the cut after
-        # it, stage k + 1 for the gradients of the cut before it. What is
-        # charged on either side is the larger of the two.
-        bytes_ = np.maximum(ledger.sent, ledger.returned)
-        paid[k] = np.maximum(paid[k], latency + for_a_byte * bytes_)
-        paid[k + 1] = latency + for_a_byte * bytes_
-    paid[:, -1] = 0.0  # After the last node there is no cut.
+        if here != there and not _share_memory(here, there):
+            latency, for_a_byte = transfer_rate(here, there)
+            paid[k] = latency + for_a_byte * bytes_
     return paid
 
 

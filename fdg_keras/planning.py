@@ -107,8 +107,8 @@ def balance(
     Args:
         ends: Positions at which a stage may end, the last node's included.
         nodes: `[K, nodes]`, what each node costs in each stage.
-        cuts: `[K, nodes]`, what a stage pays for a cut after each node,
-            whichever side of it the stage is on.
+        cuts: `[K, nodes]`, what each of stage k and the one after it pays if
+            the cut between them is after a node.
         held: `held(k, j)[i]` tells by how much stage k is over its memory with
             the pieces i <= p < j, of which `ends` are the ends. Default: all
             fits.
@@ -117,10 +117,10 @@ def balance(
         Positions; position p cuts after node p. `None` if nothing fits.
     """
     done = np.pad(np.cumsum(nodes, axis=1)[:, ends], ((0, 0), (1, 0)))
-    paid = np.pad(cuts[:, ends], ((0, 0), (1, 0)))
+    paid = np.pad(cuts[:, ends], ((1, 0), (1, 0)))  # by the stage behind it
 
     def cost(k: int, j: int) -> np.ndarray:
-        stage = done[k, j] - done[k, :j] + paid[k, j] + paid[k, :j]
+        stage = done[k, j] - done[k, :j] + paid[k + 1, j] + paid[k, :j]
         if held is not None:
             stage[held(k, j) > 0] = math.inf
         return stage

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 import os
 import warnings
 
@@ -100,6 +101,35 @@ def far_apart(monkeypatch, latency, for_a_byte):
     monkeypatch.setattr(
         planner, "transfer_rate", lambda a, b: (latency, for_a_byte)
     )
+
+
+def test_only_a_cut_that_costs_is_paid_for(monkeypatch):
+    """Of three stages the last two share memory; found by trying all cuts."""
+    monkeypatch.setattr(
+        planner,
+        "_share_memory",
+        lambda a, b: a.endswith("0") == b.endswith("0"),
+    )
+    monkeypatch.setattr(planner, "transfer_rate", lambda a, b: (0.0, 1e-6))
+    model = network(8)
+    graph = trace_graph(model)
+    plan = fdg_keras.plan(model, 3, 8, [f"CPU:{k}" for k in range(3)])
+    first, second, third = plan.stages
+    assert first.sends_s == second.returns_s > 0
+    assert second.sends_s == third.returns_s == third.sends_s == 0
+
+    costs = np.concatenate([stage.costs for stage in plan.stages])
+
+    def slowest(i, j):
+        before, _ = cut_graph(graph, [i - 1])
+        crossing = [graph.symbols[v].shape[1:] for v in before.sends]
+        paid = 1e-6 * 8 * 4 * sum(map(math.prod, crossing))
+        parts = [costs[:i].sum() + paid, costs[i:j].sum() + paid]
+        return max(*parts, costs[j:].sum())
+
+    ends = [p + 1 for p in graph.legal_cuts()]
+    best = min(slowest(*cuts) for cuts in itertools.combinations(ends, 2))
+    np.testing.assert_allclose(slowest(*plan.cuts), best)
 
 
 def test_handing_over_is_paid_on_both_sides(monkeypatch, tmp_path):
