@@ -62,7 +62,7 @@ def expected(found: Plan, processor_s: float, shared: bool) -> Plan:
         found: A plan whose stages have times.
         processor_s: Seconds of all cores together that the model takes, by
             back-propagation.
-        shared: Whether all devices are the cores of one machine.
+        shared: Whether all devices are the cores of this machine.
     """
     load: dict[str, float] = {}
     for stage in found.stages:

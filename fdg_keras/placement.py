@@ -1,7 +1,7 @@
 """Where stages run: device names, and moving variables there and back."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import keras
@@ -44,7 +44,8 @@ def resolve_devices(devices: Sequence[str] | None, splits: int) -> list[str]:
     if devices is None:
         names = _logical_devices("GPU") or _logical_devices("CPU")
     else:
-        if isinstance(devices, str) or not devices:
+        listed = isinstance(devices, Iterable) and not isinstance(devices, str)
+        if not listed or not devices:
             raise ValueError(
                 "Expected `devices` to be a list of device names such as "
                 f"['GPU:0', 'GPU:1'], or None for all. Received: {devices!r}"

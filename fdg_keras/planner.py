@@ -15,7 +15,7 @@ from fdg_keras.crossing import Stash, StashBytes
 from fdg_keras.delays import stage_delay
 from fdg_keras.expectations import TICK_S, assumptions, expected
 from fdg_keras.memory import Ledger
-from fdg_keras.placement import host_of, resolve_devices
+from fdg_keras.placement import host_of, is_here, resolve_devices
 from fdg_keras.planning import balance, estimates, legal_ends, make_plan
 from fdg_keras.plans import Plan, StagePlan
 from fdg_keras.profiling import Profiler, description
@@ -88,8 +88,9 @@ def plan(
             it is too large, and what would fit, before anything is measured.
             Or a layer is too large to be measured at all; then it is named.
     """
-    _check(splits, batch_size)
+    splits, batch_size = _checked(splits, batch_size)
     check_settings(delay, stash, order="forward_first")
+    delay = int(delay)
     graph = trace_graph(model)
     _check_batch(graph, batch_size)
     ends = legal_ends(graph, splits)
@@ -143,7 +144,7 @@ def plan(
     return expected(
         dataclasses.replace(found, stages=tuple(timed), whole_s=times.whole_s),
         sum(p.processor_s for p in first.profiles),
-        all(_share_memory(names[0], name) for name in names),
+        all(is_here(n) and _share_memory(names[0], n) for n in names),
     )
 
 
@@ -322,7 +323,8 @@ def _sized(
     )
 
 
-def _check(splits: Any, batch_size: Any) -> None:
+def _checked(splits: Any, batch_size: Any) -> tuple[int, int]:
+    """Returns both as Python's own numbers, of which JSON can be made."""
     for name, value in ("splits", splits), ("batch_size", batch_size):
         whole = isinstance(value, numbers.Integral)
         # TensorFlow counts samples in 32 bits here and there.
@@ -331,6 +333,7 @@ def _check(splits: Any, batch_size: Any) -> None:
                 f"Expected `{name}` to be a whole number from 1 to 2**31 - 1. "
                 f"Received: {value!r}"
             )
+    return int(splits), int(batch_size)
 
 
 def _check_batch(graph: Graph, batch_size: int) -> None:

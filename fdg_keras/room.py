@@ -1,5 +1,6 @@
 """Which cuts fit in memory; and if none does, why, and what would."""
 
+import bisect
 import itertools
 import math
 import numbers
@@ -11,8 +12,12 @@ import numpy as np
 from fdg_keras import delays
 from fdg_keras.balancing import best_ends
 from fdg_keras.memory import Ledger
+from fdg_keras.resources import Stash
 
 _MIB = 2**20
+
+# Of stages times the square of layers: cuts of more take long to find.
+_WORK = 2e8
 
 
 def check_limit(limit: Any, devices: Sequence[str]) -> None:
@@ -70,11 +75,13 @@ class Room:
         """Returns why no cuts fit, and what would."""
         limits = self._limits or []
         worst, k = self._smallest(self._ledger, limits)
-        fits = [
-            text
-            for text, ledger, splits in self._ways_out(len(limits))
-            if self._smallest(ledger, [*limits, *limits[-1:] * splits])[0] <= 0
-        ]
+        fits = list(self._ways_out(self._ledger, limits))
+        if not fits and self._ledger.stash != "replay":
+            replayed = self._ledger.otherwise("replay")
+            fits = [
+                f'stash="replay" and {way}'
+                for way in self._ways_out(replayed, limits)
+            ]
         shares = self._stages_of[k]
         return (
             f"The model does not fit: with the cuts that come closest, stage "
@@ -82,35 +89,68 @@ class Room:
             f"{_size(worst)} more than its limit of {_size(limits[k])}"
             + (f" (its device has {shares} stages)" if shares > 1 else "")
             + ". What would fit: "
-            + (
-                "; ".join(fits)
-                or "none of more stages, another stash mode or a smaller batch"
-            )
+            + ("; ".join(fits) or self._nothing())
             + f". Received: memory_limit={self._limit!r}"
         )
 
-    def _ways_out(self, splits: int) -> Iterator[tuple[str, Ledger, int]]:
-        """Yields what else may be tried, and how many stages it adds.
+    def _ways_out(
+        self, ledger: Ledger, limits: Sequence[float]
+    ) -> Iterator[str]:
+        """Yields what would fit, if it alone were otherwise than in a ledger.
 
         Not `"selective"`: a plan is held to what `"exact"` needs then, too.
         """
-        ledger = self._ledger
-        if ledger.stash in ("exact", "selective"):
-            yield 'stash="current"', ledger.otherwise("current"), 0
-        if ledger.stash != "replay":
-            yield 'stash="replay"', ledger.otherwise("replay"), 0
-        for factor in (2, 4, 8, 16):
-            if ledger.batch_size >= factor and not ledger.batch_is_fixed:
-                yield (
-                    f"batch_size={ledger.batch_size // factor}",
-                    ledger.otherwise(ledger.stash, factor),
-                    0,
-                )
+
+        def fits(other: Ledger, more: int = 0) -> bool:
+            others = [*limits, *[limits[-1]] * more]
+            return self._smallest(other, others)[0] <= 0
+
+        less: dict[str, tuple[Stash, ...]] = {
+            "current": ("replay",),
+            "replay": (),
+        }
+        for stash in less.get(ledger.stash, ("current", "replay")):
+            if fits(ledger.otherwise(stash)):
+                yield f'stash="{stash}"'
+        factors = self._factors(ledger)
+        # The more, the less is needed: the first that fits is soon found.
+        at = bisect.bisect_left(
+            factors,
+            True,
+            key=lambda n: fits(ledger.otherwise(ledger.stash, n)),
+        )
+        if at < len(factors):
+            yield f"batch_size={ledger.batch_size // factors[at]}"
+        for splits in self._splits(len(limits)):
+            if fits(ledger, splits - len(limits)):
+                yield f"splits={splits} on as many devices"
+                break
+
+    def _factors(self, ledger: Ledger) -> list[int]:
+        """Returns by what a batch can be divided, down to one sample."""
+        if ledger.batch_is_fixed:
+            return []
+        return [2**n for n in range(1, ledger.batch_size.bit_length())]
+
+    def _splits(self, splits: int) -> list[int]:
+        """Returns which numbers of more stages are tried."""
         if max(self._stages_of) > 1:
-            return  # More stages on the same devices leave less to each.
-        for more in (1, 2, 4):
-            if splits + more <= len(self._ends):
-                yield f"splits={splits + more}", ledger, more
+            return []  # More stages on the same devices leave less to each.
+        most = len(self._ends)
+        found = {splits + 1, splits + 2, splits + 4, most}
+        found.update(splits * 2**n for n in range(1, most.bit_length()))
+        return sorted(n for n in found if n <= most and n * most**2 <= _WORK)
+
+    def _nothing(self) -> str:
+        """Says what was tried."""
+        tried = ['stash="replay"']
+        if factors := self._factors(self._ledger):
+            tried.append(
+                f"batch_size down to {self._ledger.batch_size // factors[-1]}"
+            )
+        if more := self._splits(len(self._stages_of)):
+            tried.append(f"splits up to {more[-1]}")
+        return f"nothing that was tried, {', '.join(tried)}"
 
     def _smallest(
         self, ledger: Ledger, limits: Sequence[float]

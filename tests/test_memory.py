@@ -191,25 +191,34 @@ def test_what_is_proposed_fits():
             ledger = ledger_of(graph, stash)
             at_least = Room(ledger, ends, 2, 1)._smallest(ledger, [0, 0])[0]
             assert fits(ledger, ends, 2, at_least + 1)
-            for limit in (0.97 * at_least, 0.6 * at_least):
+            for limit in (0.97 * at_least, 0.6 * at_least, 0.3 * at_least):
                 text = Room(ledger, ends, 2, limit).refusal()
                 _, _, ways = text.partition("What would fit: ")
                 for way in ways.partition(". Received")[0].split("; "):
-                    key, _, value = way.partition("=")
-                    proposed.add(way if key == "stash" else key)
-                    if key == "stash":
-                        other = ledger.otherwise(value.strip('"'))
-                        assert fits(other, ends, 2, limit)
-                    elif key == "batch_size":
-                        other = ledger.otherwise(stash, BATCH // int(value))
-                        assert fits(other, ends, 2, limit)
-                    elif key == "splits":
-                        assert fits(ledger, ends, int(value), limit)
+                    if way.startswith("nothing that was tried"):
+                        proposed.add("nothing")
+                        break
+                    other, splits = ledger, 2
+                    for change in way.split(" and "):
+                        key, _, value = change.partition("=")
+                        proposed.add(change if key == "stash" else key)
+                        if key == "stash":
+                            other = other.otherwise(value.strip('"'))
+                        elif key == "batch_size":
+                            factor = BATCH // int(value)
+                            other = other.otherwise(other.stash, factor)
+                        else:
+                            assert key == "splits"
+                            splits = int(value.split()[0])
+                    proposed.add(way.count(" and "))
+                    assert fits(other, ends, splits, limit)
     assert proposed >= {
         'stash="current"',
         'stash="replay"',
         "batch_size",
         "splits",
+        1,  # two changes at once
+        "nothing",
     }
 
 

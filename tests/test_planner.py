@@ -1014,6 +1014,7 @@ def test_a_model_that_is_not_compiled_has_a_note():
         {"delay": -1},
         {"stash": "all"},
         {"devices": ["TPU:7"]},
+        {"devices": 5},
         {"memory_limit": [1, 2, 3]},
         {"cache_dir": 5},
     ],
@@ -1021,6 +1022,13 @@ def test_a_model_that_is_not_compiled_has_a_note():
 def test_bad_input(wrong):
     with pytest.raises(ValueError, match="Received"):
         fdg_keras.plan(network(), **wrong)
+
+
+def test_numpy_numbers_become_json():
+    plan = fdg_keras.plan(
+        network(), np.int64(2), np.int64(8), delay=np.int64(2), measure=False
+    )
+    assert Plan.from_json(plan.to_json()) == plan
 
 
 def test_choose_cuts_takes_a_plan():
