@@ -72,6 +72,8 @@ class Ledger:
             [v for v in node.variables if not v.trainable]
             for node in graph.nodes
         )
+        #: Bytes of weights, slots and state, likewise.
+        self.resting: np.ndarray = self.weights * (1.0 + slots) + self._state
         #: Bytes of a batch that cross the cut after each node.
         self.sent = crossing(graph, sizes)
         #: Likewise of their gradients, which cross it the other way.

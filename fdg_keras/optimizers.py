@@ -204,7 +204,7 @@ class StageOptimizers:
             if whole is not None:
                 mine.add(id(slot))
                 self._shared.add(id(whole))
-                relocation.alias(whole, slot)
+                relocation.share(whole, slot)
         self._others.append(
             [v for v in _without_rate(optimizer) if id(v) not in mine]
         )

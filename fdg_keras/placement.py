@@ -85,8 +85,7 @@ class Relocation:
     def move(self, variable: keras.Variable, device: str) -> None:
         """Gives a variable a place on `device`, unless it lives there."""
         home = _keras.get_storage(variable)
-        lives_there = home.device == device and not self._may_be_lost
-        if id(variable) in self._moves or lives_there:
+        if id(variable) in self._moves or self._lives_on(home, device):
             return
         with tf.device(device):
             away = tf.Variable(
@@ -97,12 +96,24 @@ class Relocation:
             )
         self._add(_Move(variable, home, away))
 
-    def alias(self, variable: keras.Variable, other: keras.Variable) -> None:
-        """Lets a variable keep its value where `other` keeps its own."""
+    def share(self, variable: keras.Variable, other: keras.Variable) -> None:
+        """Lets two variables keep one value where the second keeps its own.
+
+        Where that is the first one's home, both keep it there, and no copy is
+        needed.
+        """
         if id(variable) in self._moves:
             self._moves.pop(id(variable)).come_back()
-        home = _keras.get_storage(variable)
-        self._add(_Move(variable, home, _keras.get_storage(other)))
+        home, away = map(_keras.get_storage, (variable, other))
+        if self._lives_on(home, away.device):
+            with uninterrupted():
+                for each in (other, variable):
+                    _keras.set_storage(each, home)
+        else:
+            self._add(_Move(variable, home, away))
+
+    def _lives_on(self, home: tf.Variable, device: str) -> bool:
+        return home.device == device and not self._may_be_lost
 
     def _add(self, move: "_Move") -> None:
         with uninterrupted():

@@ -14,6 +14,7 @@ import tensorflow as tf
 from fdg_keras.crossing import Stash, StashBytes
 from fdg_keras.delays import stage_delay
 from fdg_keras.expectations import TICK_S, assumptions, expected
+from fdg_keras.homes import Home
 from fdg_keras.memory import Ledger
 from fdg_keras.placement import host_of, is_here, resolve_devices
 from fdg_keras.planning import balance, estimates, legal_ends, make_plan
@@ -111,7 +112,8 @@ def plan(
     ledger = Ledger(
         graph, first.profiles, batch_size, delay, stash, first.slots
     )
-    room = Room(ledger, ends, splits, memory_limit, names)
+    home = Home(graph, names, ledger.resting)
+    room = Room(ledger, ends, splits, memory_limit, names, home)
     cuts = balance(ends, *estimates(graph, splits), room.excess)
     if cuts is None:
         raise ValueError(room.refusal())
@@ -125,7 +127,7 @@ def plan(
         assert cuts is not None  # as some fit
 
     # ---- What they come to ----------------------------------------------
-    stages = _stages(graph, ledger, cuts, names)
+    stages = _stages(graph, ledger, home, cuts, names)
     edges = list(
         itertools.pairwise([0, *(p + 1 for p in cuts), len(graph.nodes)])
     )
@@ -273,7 +275,11 @@ def _task(device: str) -> tuple:
 
 
 def _stages(
-    graph: Graph, ledger: Ledger, cuts: Sequence[int], names: Sequence[str]
+    graph: Graph,
+    ledger: Ledger,
+    home: Home,
+    cuts: Sequence[int],
+    names: Sequence[str],
 ) -> list[StagePlan]:
     """Returns the stages with their bytes."""
     slices = cut_graph(graph, cuts)
@@ -284,6 +290,10 @@ def _stages(
             graph, slices, names[0], ledger.batch_size, ledger.stash
         )
         sizes = [_selective(*each) for each in zip(sizes, kept)]
+    sizes = [
+        dataclasses.replace(size, home=waits)
+        for size, waits in zip(sizes, home.beside(starts))
+    ]
     bare = make_plan(graph, slices, names)
     return [
         _sized(

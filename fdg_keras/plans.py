@@ -167,7 +167,7 @@ class Plan:
                     stash=size.again if replays else size.batch,
                     inputs=size.batch if replays else 0,
                     weights=size.weights,
-                    slots=size.slots + size.state,
+                    slots=size.slots + size.state + size.home,
                     again_s=again_s,
                     copies=size.copies,
                     running=size.running + (0 if replays else size.again),

@@ -77,6 +77,8 @@ class StageBytes:
         links: What fits in the two links that it reads.
         returned: A batch's gradients over the cut after it.
         running: Inputs, outputs and their gradients of the largest layer.
+        home: Weights, slots and other variables of stages on other devices,
+            which wait here, where the model came from, to be brought home.
     """
 
     batch: int
@@ -88,6 +90,7 @@ class StageBytes:
     links: int
     returned: int
     running: int
+    home: int = 0
 
     def stash(self, late: int) -> int:
         """Returns what is kept between F and B of a tick.
@@ -104,7 +107,8 @@ class StageBytes:
             late: Likewise.
         """
         there = 2 * self.weights + self.slots + self.state + self.links
-        return there + self.stash(late) + self.again + self.running
+        held = self.stash(late) + self.again + self.running
+        return there + held + self.home
 
 
 @dataclass(frozen=True)

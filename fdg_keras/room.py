@@ -11,6 +11,7 @@ import numpy as np
 
 from fdg_keras import delays
 from fdg_keras.balancing import best_ends
+from fdg_keras.homes import Home
 from fdg_keras.memory import Ledger
 from fdg_keras.resources import Stash
 
@@ -41,6 +42,7 @@ class Room:
             stages that it has; or a number for each stage; `None` stands for
             no limit.
         devices: Of each stage. Default: one for each.
+        home: What waits on these devices. Default: nothing.
 
     Raises:
         ValueError: If `limit` is none of these.
@@ -53,8 +55,10 @@ class Room:
         splits: int,
         limit: Any,
         devices: Sequence[str] | None = None,
+        home: Home | None = None,
     ):
         self._ledger = ledger
+        self._home = home
         self._ends = ends
         self._limit = limit
         self._starts = np.array([0, *(end + 1 for end in ends[:-1])])
@@ -160,16 +164,13 @@ class Room:
             len(self._ends), len(limits), self._excess_of(ledger, limits)
         )
         assert ends is not None  # nothing is infinitely large
+        excess = self._excess_of(ledger, limits)
         found = [
-            ledger.peak(
-                self._starts[a],
-                delays.stage_delay(k, len(limits), ledger.delay),
-            )[self._ends[b - 1]]
-            - limits[k]
+            float(excess(k, b)[a])
             for k, (a, b) in enumerate(itertools.pairwise([0, *ends]))
         ]
-        k = int(np.argmax(found))
-        return float(found[k]), k
+        worst = max(found)
+        return worst, found.index(worst)
 
     def _excess_of(
         self, ledger: Ledger, limits: Sequence[float]
@@ -179,7 +180,11 @@ class Room:
         def excess(k: int, j: int) -> np.ndarray:
             late = delays.stage_delay(k, len(limits), ledger.delay)
             there, each = columns(j)
-            return there[:j] + late * each[:j] - limits[k]
+            found = there[:j] + late * each[:j] - limits[k]
+            if self._home is not None:
+                stop = int(self._ends[j - 1]) + 1
+                found += self._home.at_most(k, self._starts[:j], stop)
+            return found
 
         return excess
 

@@ -50,6 +50,7 @@ LADDER = [
     "profiles",
     "profiling",
     "stashes",
+    "homes",
     "memory",
     "room",
     "expectations",

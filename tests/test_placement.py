@@ -291,10 +291,12 @@ def test_values_come_home_where_a_device_may_be_lost(variable):
     np.testing.assert_array_equal(variable, [6.0, 7.0])
 
 
-def test_an_alias_shares_the_place_of_another_variable(variable):
-    other = keras.Variable([0.0, 0.0])
-    relocation = Relocation()
-    relocation.alias(variable, other)
+@pytest.mark.parametrize("may_be_lost", [False, True])
+def test_two_variables_share_the_place_of_one(variable, may_be_lost):
+    with tf.device(FULL.format(0 if may_be_lost else 2)):
+        other = keras.Variable([0.0, 0.0])
+    relocation = Relocation(may_be_lost)
+    relocation.share(variable, other)
     with relocation:
         np.testing.assert_array_equal(other, [1.0, 2.0])
         other.assign([5.0, 6.0])
@@ -302,6 +304,17 @@ def test_an_alias_shares_the_place_of_another_variable(variable):
     np.testing.assert_array_equal(variable, [5.0, 6.0])
     variable.assign([0.0, 1.0])
     np.testing.assert_array_equal(other, [5.0, 6.0])
+
+
+def test_what_is_shared_at_home_is_there_once(variable):
+    other = keras.Variable([0.0, 0.0])
+    relocation = Relocation()
+    relocation.share(variable, other)
+    variable.assign([3.0, 4.0])
+    np.testing.assert_array_equal(other, [3.0, 4.0])
+    with relocation:
+        other.assign([5.0, 6.0])
+    np.testing.assert_array_equal(variable, [5.0, 6.0])
 
 
 def test_functions_compiled_before_go_on_working():
