@@ -13,12 +13,10 @@ Prints, for each network and stash mode, each in a process of its own:
                dequeued, each piece once, without the weights of today
     ratios     planned / held and predicted / held
     at most    MiB predicted for the moment between F and B of a tick
-    grown      MiB by which the process' resident memory has grown since the
-               stages were compiled: `held` and all that a tick works with
-    peak       MiB of all stages at most, as the plan says, without weights,
-               slots and state, which were there before: what `grown` should
-               come to if each stage were at its peak at once. What the
-               allocator sets aside and never gives back is not planned
+    peak       MiB of all tensors at most, weights and all, as TensorFlow's
+               allocator counted them (in another process, with the allocator
+               that GPUs have, which counts), and as the plan says. Stages are
+               not at their peaks at once, so with several it may be less
     step       milliseconds per step with all stages busy (median of the rounds)
     expected   the same as a plan says, cut where it is best by its measurement
 
@@ -30,6 +28,7 @@ import argparse
 import contextlib
 import json
 import multiprocessing
+import os
 import statistics
 import tempfile
 from pathlib import Path
@@ -37,7 +36,6 @@ from pathlib import Path
 import bench_speed
 import keras
 import numpy as np
-import psutil
 import tensorflow as tf
 
 from fdg_keras import Trainer, delays, plan
@@ -104,7 +102,6 @@ class Stages(bench_speed.Linked):
         self.looks = None
         with super().pipeline() as (pipeline, _):
             self.stages = pipeline.stages
-        self._resident = psutil.Process().memory_info().rss
 
     @contextlib.contextmanager
     def pipeline(self):
@@ -135,21 +132,13 @@ class Stages(bench_speed.Linked):
             return self.plan(batch, cache_dir=fresh).step_s
 
     def planned(self, batch):
-        """Yields a plan's bytes of each stage: between two ticks, and at most.
-
-        At most means without what is there before training.
-        """
+        """Yields a plan's bytes of stages: between two ticks, and at most."""
         # Cut as the stages are.
         found = self.plan(batch, measure=False)
         for stage, sized in zip(self.stages, found.stages):
             # A plan counts the batch that is between F and B, too.
             last = stage.stash_bytes(self._stash, batch).batch
-            there = sized.bytes.weights + sized.bytes.slots + sized.bytes.state
-            yield sized.stash_bytes - last, sized.peak_bytes - there
-
-    def grown(self):
-        """Bytes of resident memory when the first stage began to drain."""
-        return self.looks[0].resident - self._resident
+            yield sized.stash_bytes - last, sized.peak_bytes
 
 
 class Looked:
@@ -157,12 +146,11 @@ class Looked:
 
     def __init__(self, loop):
         self._loop = loop
-        self.held = self.resident = 0
+        self.held = 0
 
     def __call__(self, fill, steady, drain, learning_rate):
         report = self._loop(fill, steady, 0, learning_rate)
         if drain:
-            self.resident = psutil.Process().memory_info().rss
             self.held = self._look()
             self._loop(0, 0, drain, learning_rate)
         return report
@@ -193,7 +181,6 @@ def measure(network, batch, splits, delay, stash, steps, rounds):
     configure(splits)
     stages = Stages(network, batch, splits, delay, stash)
     stages.run(steps)  # the first run initializes kernels
-    grown = stages.grown()
     times = [1e3 * stages.run(steps) for _ in range(rounds)]
     found = [
         _stage(
@@ -223,12 +210,22 @@ def measure(network, batch, splits, delay, stash, steps, rounds):
                 "planned_peak_bytes",
             )
         },
-        "grown_bytes": grown,
         "step_ms": statistics.median(times),
         "expected_ms": 1e3 * stages.expected(batch),
         "rounds_ms": times,
         "stages": found,
     }
+
+
+def peak(network, batch, splits, delay, stash, steps):
+    """Returns the most bytes that tensors had, with all stages busy."""
+    configure(splits)
+    stages = Stages(network, batch, splits, delay, stash)
+    stages.run(steps)
+    # All logical CPUs have one allocator, so these are the bytes of all stages.
+    tf.config.experimental.reset_memory_stats("CPU:0")
+    stages.run(steps)
+    return tf.config.experimental.get_memory_info("CPU:0")["peak"]
 
 
 def _stage(size, late, in_flight, held, planned, planned_peak):
@@ -264,7 +261,8 @@ def _row(case):
         f"{mib['planned_bytes']:>10.1f}{mib['predicted_bytes']:>10.1f}"
         f"{mib['held_bytes']:>10.1f}{planned:>8.3f}{predicted:>7.3f}"
         f"{mib['at_most_bytes']:>10.1f}"
-        f"{mib['grown_bytes']:>10.1f}{mib['planned_peak_bytes']:>10.1f}"
+        f"{mib['peak_bytes']:>10.1f}{mib['planned_peak_bytes']:>10.1f}"
+        f"{case['planned_peak_bytes'] / case['peak_bytes']:>7.3f}"
         f"{case['step_ms']:>10.1f}{case['expected_ms']:>10.1f}"
     )
 
@@ -287,18 +285,21 @@ def main():
     print(f"batch {args.batch}, K={args.splits}, delay={args.delay}")
     print(
         f"{'network':<12}{'stash':<10}{'planned':>10}{'predicted':>10}"
-        f"{'held':>10}{'ratios':>15}{'at most':>10}{'grown':>10}"
-        f"{'peak':>10}{'step':>10}{'expected':>10}"
+        f"{'held':>10}{'ratios':>15}{'at most':>10}{'peak':>10}"
+        f"{'planned':>10}{'ratio':>7}{'step':>10}{'expected':>10}"
     )
     sizes = (args.batch, args.splits, args.delay)
     # A process for each case: memory that was freed may stay with it.
     spawn = multiprocessing.get_context("spawn")
     for network in [args.network] if args.network else NETWORKS:
         for stash in [args.stash] if args.stash else STASHES:
+            settings = (network, *sizes, stash, args.steps)
             with spawn.Pool(1) as pool:
-                case = pool.apply(
-                    measure, (network, *sizes, stash, args.steps, args.rounds)
-                )
+                case = pool.apply(measure, (*settings, args.rounds))
+            os.environ["TF_CPU_ALLOCATOR_USE_BFC"] = "1"
+            with spawn.Pool(1) as pool:
+                case["peak_bytes"] = pool.apply(peak, settings)
+            del os.environ["TF_CPU_ALLOCATOR_USE_BFC"]
             result["cases"].append(case)
             print(_row(case), flush=True)
             if args.json:
