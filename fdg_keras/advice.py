@@ -58,14 +58,23 @@ def with_measured(graph: Graph, plan: Plan, measured: Measured) -> Plan:
     )
     if not all(seconds) or len(stages) < 2:
         return plan
-    advice = _advice(graph, plan, measured)
-    return dataclasses.replace(plan, notes=(*plan.notes, advice))
+    return _advised(plan, _advice(graph, plan, measured))
+
+
+def without_measured(plan: Plan) -> Plan:
+    """Returns a plan without what an earlier run has measured and advised."""
+    stages = tuple(
+        dataclasses.replace(stage, measured_s=None) for stage in plan.stages
+    )
+    return dataclasses.replace(
+        plan, stages=stages, measured_step_s=None, advice=None
+    )
 
 
 def with_settings(
     plan: Plan, batch_size: int | None, delay: int, stash: str
 ) -> Plan:
-    """Returns a plan with a note, if it was made for other settings.
+    """Returns a plan that says so, if it was made for other settings.
 
     Args:
         plan: Of which some settings may not be known.
@@ -86,11 +95,16 @@ def with_settings(
     if not others:
         return plan
     planned, actual = (", ".join(each) for each in zip(*others))
-    note = (
+    return _advised(
+        plan,
         f"What is expected here is of {planned}, but training is with {actual}:"
-        " make a plan of that to compare."
+        " make a plan of that to compare.",
     )
-    return dataclasses.replace(plan, notes=(*plan.notes, note))
+
+
+def _advised(plan: Plan, advice: str) -> Plan:
+    lines = [plan.advice, advice] if plan.advice else [advice]
+    return dataclasses.replace(plan, advice="\n".join(lines))
 
 
 def _advice(graph: Graph, plan: Plan, measured: Measured) -> str:

@@ -101,6 +101,7 @@ _OF_PLANS = {
     "whole_s": _SECONDS,
     "measured_step_s": _SECONDS,
     "notes": ("a list of texts", _all(_is_text)),
+    "advice": _maybe("a text", _is_text),
 }
 _OF_STAGES = {
     "device": ("a name", _is_text),

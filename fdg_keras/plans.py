@@ -88,6 +88,8 @@ class Plan:
         whole_s: The same on the fastest device alone, by back-propagation.
         measured_step_s: Measured seconds of a tick in the last epoch.
         notes: What a reader should know, a sentence or two each.
+        advice: What the run that it is of says of it: which cut to move, and
+            settings that differ.
     """
 
     stages: tuple[StagePlan, ...]
@@ -98,6 +100,7 @@ class Plan:
     whole_s: float | None = None
     measured_step_s: float | None = None
     notes: tuple[str, ...] = ()
+    advice: str | None = None
 
     @property
     def cuts(self) -> tuple[int, ...]:
@@ -186,7 +189,8 @@ class Plan:
                 for width in [max(map(len, [title, *cells]))]
             ]
             lines.append("  ".join(padded).rstrip())
-        return "\n".join([*lines, *self._expectation(), *self.notes])
+        lines += [*self._expectation(), *self.notes]
+        return "\n".join([*lines, self.advice] if self.advice else lines)
 
     def _columns(self) -> list[tuple[str, bool, list[str]]]:
         """Returns title, whether it has numbers, and cells; "" is unknown."""

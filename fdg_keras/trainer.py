@@ -135,7 +135,7 @@ class Trainer:
         slices = cut_graph(graph, cuts)
         self._plan = planning.make_plan(graph, slices, names)
         if isinstance(splits, Plan):
-            self._plan = splits.on(names)
+            self._plan = advice.without_measured(splits).on(names)
         self._settings = Settings(
             int(delay), order, stash, transform, corrected
         )
@@ -264,9 +264,9 @@ class Trainer:
         """Which layers are on which device, and what they cost.
 
         After `fit`, each stage has its `measured_s`: how long it computed in
-        a tick of the last epoch, and the plan its `measured_step_s`. Then a
-        note says whether a cut is worth moving, and where to, if there were
-        ticks enough. Another one says so if the plan was made for another
+        a tick of the last epoch, and the plan its `measured_step_s`. Then its
+        `advice` says whether a cut is worth moving, and where to, if there
+        were ticks enough. It also says so if the plan was made for another
         batch, delay or stash.
         """
         plan = advice.with_settings(

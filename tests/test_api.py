@@ -116,6 +116,7 @@ def test_plan():
         "whole_s",
         "measured_step_s",
         "notes",
+        "advice",
     ]
     assert list(defaults(fdg_keras.StagePlan)) == [
         "device",

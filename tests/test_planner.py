@@ -560,6 +560,7 @@ def test_a_plan_travels_as_text():
         ("delay", -1),
         ("step_s", "fast"),
         ("notes", [1]),
+        ("advice", 1),
         ("surplus", 1),
         ("stage.layers", []),
         ("stage.layers", "abc"),
@@ -810,16 +811,35 @@ def test_a_plan_of_other_settings_says_so():
     devices = ["CPU:0", "CPU:1"]
     plan = fdg_keras.plan(model, 2, 8, devices, measure=False)
     trainer = Trainer(model, plan, devices, delay=1, stash="replay")
-    (note,) = trainer.plan.notes
-    assert "of delay=2, stash='exact', but" in note
-    assert "with delay=1, stash='replay':" in note
+    assert "of delay=2, stash='exact', but" in trainer.plan.advice
+    assert "with delay=1, stash='replay':" in trainer.plan.advice
     x, y = np.ones((32, 8, 8, 3), "float32"), np.zeros(32)
     trainer.fit(x, y, batch_size=16, verbose=0)
-    assert "of batch_size=8, delay=2" in trainer.plan.notes[0]
-    assert "with batch_size=16, delay=1" in trainer.plan.notes[0]
+    assert "of batch_size=8, delay=2" in trainer.plan.advice
+    assert "with batch_size=16, delay=1" in trainer.plan.advice
     same = Trainer(model, plan, devices)
     same.fit(x, y, batch_size=8, verbose=0)
-    assert not any("make a plan" in note for note in same.plan.notes)
+    assert "make a plan" not in same.plan.advice
+
+
+def test_a_plan_of_an_earlier_run_is_as_it_was_before_that():
+    """What was measured and advised then is not of the next run."""
+    model = network()
+    devices = ["CPU:0", "CPU:1"]
+    plan = fdg_keras.plan(model, 2, 8, devices)
+    x, y = np.ones((32, 8, 8, 3), "float32"), np.zeros(32)
+    first = Trainer(model, plan, devices, delay=1)
+    before = Trainer(model, plan, devices).plan
+    first.fit(x, y, batch_size=8, verbose=0)
+    assert "delay=1" in first.plan.advice
+    assert "the slowest" in first.plan.advice
+    assert str(first.plan).endswith(first.plan.advice)
+    second = Trainer(model, first.plan, devices)
+    assert second.plan == before
+    assert second.plan.advice is None
+    second.fit(x, y, batch_size=8, verbose=0)
+    assert str(second.plan).count("the slowest, it computes") == 1
+    assert "delay=1" not in str(second.plan)
 
 
 def test_a_plan_of_another_model():
@@ -881,21 +901,21 @@ def test_advice_moves_a_cut_from_the_slowest_stage():
             for s in plan.stages
         ),
     )
-    note = with_measured(graph, plan, Measured(seconds, 0.1, 100)).notes[-1]
+    note = with_measured(graph, plan, Measured(seconds, 0.1, 100)).advice
     assert "stage 1 is the slowest" in note
     assert "Cut after 'conv3' instead of 'conv0'" in note
     mixed = plan.on(["/job:worker/task:0/device:CPU:0", plan.stages[1].device])
-    note = with_measured(graph, mixed, Measured(seconds, 0.1, 100)).notes[-1]
+    note = with_measured(graph, mixed, Measured(seconds, 0.1, 100)).advice
     assert "stage 1 is the slowest" in note
     assert "Devices are of several kinds: `fdg_keras.plan` measures" in note
     balanced = Trainer(model, ["conv3"], ["CPU:0", "CPU:1"]).plan
     measured = Measured([1e-3, 1.01e-3], 0.1, 100)
-    note = with_measured(graph, balanced, measured).notes[-1]
+    note = with_measured(graph, balanced, measured).advice
     assert "no cut is worth moving" in note
     # Few ticks are no base for advice.
     few = with_measured(graph, plan, Measured(seconds, 0.1, 99))
-    assert "on average of 99 ticks. After 100" in few.notes[-1]
-    assert "instead of" not in few.notes[-1]
+    assert "on average of 99 ticks. After 100" in few.advice
+    assert "instead of" not in few.advice
     assert [s.measured_s for s in few.stages] == seconds
 
 
