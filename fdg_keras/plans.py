@@ -119,8 +119,21 @@ class Plan:
         """Returns the same plan for other devices, one for each stage.
 
         A note says so, if times are known: they are those of the old ones.
+
+        Raises:
+            ValueError: If they are not as many names as stages.
         """
         before = [stage.device for stage in self.stages]
+        if (
+            not isinstance(devices, Sequence)
+            or isinstance(devices, str)
+            or not all(isinstance(name, str) for name in devices)
+            or len(devices) != len(before)
+        ):
+            raise ValueError(
+                "Expected `devices` to be a list of names, one for each of "
+                f"the {len(before)} stages. Received: devices={devices!r}"
+            )
         if before == list(devices):
             return self
         notes = self.notes

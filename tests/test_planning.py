@@ -326,6 +326,15 @@ def test_a_plan_prints_as_a_table():
     )
 
 
+@pytest.mark.parametrize(
+    "devices", [[], ["CPU:0"], ["CPU:0"] * 3, "CPU:0", "ab", None, 2, [0, 1]]
+)
+def test_a_plan_has_a_device_for_each_stage(devices):
+    message = r"one for each of the 2 stages\. Received: devices="
+    with pytest.raises(ValueError, match=message):
+        plan_of(chain(5, 6, 7), 2).on(devices)
+
+
 def test_devices_of_other_machines_can_be_told_apart():
     devices = [f"/job:worker/replica:0/task:{i}/device:GPU:0" for i in "01"]
     graph = chain(5, 6)
