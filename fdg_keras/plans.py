@@ -74,6 +74,13 @@ class StagePlan:
             return None
         return self.forward_s + self.backward_s
 
+    @property
+    def computing_s(self) -> float | None:
+        """Those of `tick_s` without handing over, as `measured_s` counts."""
+        if self.tick_s is None:
+            return None
+        return self.tick_s - (self.sends_s or 0.0) - (self.returns_s or 0.0)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -232,7 +239,7 @@ class Plan:
             (
                 "busy %",
                 True,
-                [_share(s.tick_s, self.step_s) for s in stages],
+                [_share(s.computing_s, self.step_s) for s in stages],
             ),
             (
                 "measured %",

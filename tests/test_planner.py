@@ -616,7 +616,7 @@ def test_a_simulation_agrees_with_the_plan(monkeypatch, stash):
     devices = [f"CPU:{k}" for k in range(3)]
     plan = fdg_keras.plan(network(), 3, 8, devices, stash=stash)
     found = simulate(plan.as_costs(), schedule=Delayed(2), stash=stash)
-    computing = [s.tick_s - s.sends_s - s.returns_s for s in plan.stages]
+    computing = [stage.computing_s for stage in plan.stages]
     assert found.seconds_per_step == pytest.approx(max(computing), rel=1e-6)
     assert sum(s.sends_s + s.returns_s for s in plan.stages) > 0
     peaks = [stage.peak_bytes for stage in plan.stages]
@@ -1056,6 +1056,18 @@ def test_choose_cuts_takes_a_plan():
     plan = fdg_keras.plan(model, 4, 8, measure=False)
     cuts = choose_cuts(trace_graph(model), plan)
     assert tuple(cut + 1 for cut in cuts) == plan.cuts
+
+
+def test_a_stage_that_hands_over_is_not_busy():
+    found = plan_of(0.1, 0.2, step_s=0.2, whole_s=0.3)
+    first, last = found.stages
+    first = dataclasses.replace(first, sends_s=0.02, returns_s=0.01)
+    assert first.computing_s == pytest.approx(0.07)
+    assert first.tick_s == 0.1
+    assert last.computing_s == last.tick_s
+    table = str(dataclasses.replace(found, stages=(first, last))).splitlines()
+    assert [line.split()[-1] for line in table[1:3]] == ["35", "100"]
+    assert dataclasses.replace(first, forward_s=None).computing_s is None
 
 
 def test_a_picture():
