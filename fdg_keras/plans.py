@@ -299,9 +299,10 @@ class Plan:
 
         Returns:
             A picture, 900 pixels wide: for each stage its forward, its backward
-            and its waiting for the slowest, or its share of the work if no
-            times are known; and its peak memory, if that is known. After
-            training, a thin bar below is what it was measured to compute.
+            and its handing over in a frame that is the expected step, or its
+            share of the work if no times are known; and its peak memory, if
+            that is known. After training, a thin bar below is what it was
+            measured to compute. It leaves the frame if that is longer.
         """
         return _draw(self)
 
@@ -329,17 +330,14 @@ def _mib(count: int | None) -> str:
 def _draw(plan: Plan) -> Image.Image:
     stages = plan.stages
     known = all(stage.tick_s is not None for stage in stages)
-    parts: list[Sequence[float]] = [
-        (s.forward_s or 0.0, s.backward_s or 0.0) if known else (s.operations,)
-        for s in stages
-    ]
+    parts = [_parts(s) if known else (s.operations,) for s in stages]
     whole = max(*map(sum, parts), plan.step_s or 0.0) or 1.0
     bars = [
         Bar(
             name=f"stage {k}",
             parts=lengths,
             seen=stage.measured_s if known else None,
-            text=f"{100 * sum(lengths) / whole:.0f} %"
+            text=f"{100 * sum(lengths[:2]) / whole:.0f} %"
             + ("" if memory is None else f", {_mib(memory)} MiB"),
             span=f"{stage.layers[0]} to {stage.layers[-1]}",
         )
@@ -349,11 +347,23 @@ def _draw(plan: Plan) -> Image.Image:
     if not known:
         legend = f"{len(stages)} stages, of a forward of one sample"
         return draw("Estimated operations", legend, bars, whole)
-    measured = any(bar.seen is not None for bar in bars)
-    return draw(
-        f"Forward and backward, {1e3 * whole:.3g} ms a step",
-        f"blue: forward, orange: backward and update, of {plan.batch_size} "
-        f"samples; {'black: measured; ' * measured}% of the step, peak memory",
-        bars,
-        whole,
+    title = f"A step of {plan.batch_size} samples: {_ms(whole)} ms expected"
+    if plan.measured_step_s:
+        title += f", {_ms(plan.measured_step_s)} ms measured"
+    legend = "blue: forward, orange: backward and update, "
+    if any(lengths[2:] for lengths in parts):
+        legend += "grey: handing over, "
+    if any(bar.seen is not None for bar in bars):
+        legend += "black: measured, "
+    legend += "frame: expected step (100 %)"
+    return draw(title, legend, bars, whole)
+
+
+def _parts(stage: StagePlan) -> tuple[float, ...]:
+    """Returns seconds of forward, of backward, and of handing over if any."""
+    sends_s, returns_s = stage.sends_s or 0.0, stage.returns_s or 0.0
+    parts = (
+        (stage.forward_s or 0.0) - sends_s,
+        (stage.backward_s or 0.0) - returns_s,
     )
+    return (*parts, sends_s + returns_s) if sends_s + returns_s else parts

@@ -1094,3 +1094,32 @@ def test_a_picture_of_what_was_measured():
     rows = [after[top : top + 7, 110:710].sum(1) for top in (88, 142)]
     assert [set(row) for row in rows] == [{151}, {600}]
     assert not before[88, 110:710].any()
+    # The frame is the expected step: of it the label has its percents.
+    frame = (picture == (0xCC, 0xCC, 0xCC)).all(-1)
+    assert np.flatnonzero(frame[64]).max() == 110 + 300
+    orange = (picture == (0xB9, 0x61, 0x1B)).all(-1)
+    assert np.flatnonzero(orange[64 + 54 + 1]).max() == 110 + 300
+
+
+def test_a_picture_says_what_its_figures_are(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        "fdg_keras.plans.draw", lambda *args: drawn.append(args)
+    )
+    found = plan_of(0.1, 0.2, step_s=0.2, whole_s=0.3)
+    found.plot()
+    first, last = (
+        dataclasses.replace(stage, measured_s=0.4, sends_s=0.02)
+        for stage in found.stages
+    )
+    dataclasses.replace(found, stages=(first, last), measured_step_s=0.5).plot()
+    (title, legend, bars, whole), after = drawn
+    assert title.endswith("200 ms expected")
+    assert "black" not in legend
+    assert "grey" not in legend
+    assert [bar.text[:5].strip() for bar in bars] == ["50 %", "100 %"]
+    assert whole == after[3] == 0.2
+    assert after[0].endswith("200 ms expected, 500 ms measured")
+    assert "grey: handing over, black: measured, frame: expected" in after[1]
+    assert [bar.text[:4].strip() for bar in after[2]] == ["40 %", "90 %"]
+    assert sum(after[2][0].parts) == pytest.approx(0.1)
