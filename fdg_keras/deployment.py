@@ -21,7 +21,7 @@ from fdg_keras.objective import Objective
 from fdg_keras.optimizers import StageOptimizers
 from fdg_keras.pipeline import Pipeline, Settings
 from fdg_keras.slicing import Graph, Slice
-from fdg_keras.statistics import StageStatistics
+from fdg_keras.statistics import StageStatistics, Totals
 from fdg_keras.validation import check_trainable
 
 Mode = Literal["train", "test", "predict"]
@@ -73,6 +73,7 @@ class Deployment:
         watch: Looks after workers that stages are on.
         statistics: Of each stage in the last epoch of training; empty before,
             and if the stages were emulated.
+        totals: Of the epochs since it was set anew.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class Deployment:
         # As they were when training was built, until the first epoch of it.
         self._attributes: dict | None = None
         self.statistics: list[StageStatistics] = []
+        self.totals = Totals()
 
     def __enter__(self) -> "Deployment":
         self._loan.__enter__()
@@ -162,6 +164,7 @@ class Deployment:
                 self.statistics = run(
                     epoch, rate, begin, counted_end, until_pause
                 )
+                self.totals.add([one.usage for one in self.statistics])
             except BaseException:
                 # It is not to be hidden by another one of a lost worker.
                 with contextlib.suppress(tf.errors.OpError):

@@ -47,7 +47,8 @@ class StagePlan:
         peak_bytes: All that it holds at most: weights and their copies, slots,
             stash, links, and what a backward needs while it runs.
         bytes: What these are made of.
-        measured_s: Seconds that it computed in a tick of the last epoch.
+        measured_s: Seconds that it computed in a tick of `fit`; its first epoch
+            does not count if there were others.
     """
 
     device: str
@@ -93,7 +94,7 @@ class Plan:
         stash: The stash mode that bytes are of.
         step_s: Expected seconds of a training step.
         whole_s: The same on the fastest device alone, by back-propagation.
-        measured_step_s: Measured seconds of a tick in the last epoch.
+        measured_step_s: Measured seconds of such a tick, waiting included.
         notes: What a reader should know, a sentence or two each.
         advice: What the run that it is of says of it: which cut to move, and
             settings that differ.

@@ -1,5 +1,7 @@
 """What stages did with an epoch: times, waiting, norms, staleness."""
 
+import dataclasses
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -34,6 +36,35 @@ class Usage:
         """All of its time."""
         waited = self.waited_activations + self.waited_gradients
         return self.computed + waited + self.idle
+
+    def __add__(self, other: "Usage") -> "Usage":
+        mine, others = dataclasses.astuple(self), dataclasses.astuple(other)
+        return Usage(*map(operator.add, mine, others))
+
+
+class Totals:
+    """What stages did in the epochs of a `fit`, all in all.
+
+    The first epoch counts only until there is another: it begins with what
+    happens once, such as the choice of kernels.
+
+    Attributes:
+        usages: Of each stage; empty before the first epoch has ended.
+    """
+
+    def __init__(self) -> None:
+        self.usages: list[Usage] = []
+        self._epochs = 0
+
+    def add(self, usages: Sequence[Usage]) -> None:
+        """Adds an epoch."""
+        counts = self._epochs > 1
+        self.usages = (
+            [a + b for a, b in zip(self.usages, usages)]
+            if counts
+            else list(usages)
+        )
+        self._epochs += 1
 
 
 class Pass(NamedTuple):

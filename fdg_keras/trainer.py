@@ -18,7 +18,7 @@ from fdg_keras.pipeline import Settings
 from fdg_keras.placement import resolve_devices
 from fdg_keras.plans import Plan
 from fdg_keras.slicing import cut_graph, trace_graph
-from fdg_keras.statistics import StageStatistics
+from fdg_keras.statistics import StageStatistics, Totals
 from fdg_keras.threads import warn
 from fdg_keras.transforms import GradientTransformer
 from fdg_keras.validation import (
@@ -224,6 +224,7 @@ class Trainer:
             validation_batch_size or batch_size,
         )
         self._batch_size = batches.batch_size
+        self._deployment.totals = Totals()
         batches.reset()
         with self._deployment:
             # Slots exist and are in place before callbacks look at them.
@@ -264,10 +265,10 @@ class Trainer:
         """Which layers are on which device, and what they cost.
 
         After `fit`, each stage has its `measured_s`: how long it computed in
-        a tick of the last epoch, and the plan its `measured_step_s`. Then its
-        `advice` says whether a cut is worth moving, and where to, if there
-        were ticks enough. It also says so if the plan was made for another
-        batch, delay or stash.
+        a tick of that `fit`, and the plan its `measured_step_s`. The first
+        epoch is left out if there were others. Then its `advice` says whether
+        a cut is worth moving, and where to, if there were ticks enough. It also
+        says so if the plan was made for another batch, delay or stash.
         """
         plan = advice.with_settings(
             self._plan,
@@ -275,7 +276,7 @@ class Trainer:
             self._settings.delay,
             self._settings.stash,
         )
-        usages = [one.usage for one in self.statistics]
+        usages = self._deployment.totals.usages
         ticks = min((usage.ticks for usage in usages), default=0)
         if not ticks:
             return plan

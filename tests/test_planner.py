@@ -914,7 +914,7 @@ def test_advice_moves_a_cut_from_the_slowest_stage():
     assert "no cut is worth moving" in note
     # Few ticks are no base for advice.
     few = with_measured(graph, plan, Measured(seconds, 0.1, 99))
-    assert "on average of 99 ticks. After 100" in few.advice
+    assert "on average of 99 ticks. After 100 in one epoch" in few.advice
     assert "instead of" not in few.advice
     assert [s.measured_s for s in few.stages] == seconds
 

@@ -123,6 +123,27 @@ def test_rates_that_a_callback_sets():
     assert rates[1] == pytest.approx([RATE / 4] * K)
 
 
+def test_a_plan_is_measured_by_all_epochs_but_the_first():
+    """So short ones, too, are enough for advice in the end."""
+    trainer = fdg_keras.Trainer(make_model(), K)
+    watch = Watch()
+    trainer.fit(*make_data(50), BATCH, verbose=0)
+    assert "of 50 ticks. After 100" in trainer.plan.advice
+    trainer.fit(*make_data(50), BATCH, epochs=3, verbose=0, callbacks=[watch])
+    plan = trainer.plan
+    assert "of 100 ticks" in plan.advice
+    assert "it will be said" not in plan.advice
+    later = [[one.usage for one in stages] for stages in watch.epochs[1:]]
+    for stage, usages in zip(plan.stages, zip(*later)):
+        computed = sum(usage.computed for usage in usages)
+        assert stage.measured_s == pytest.approx(computed / 100)
+    whole = max(sum(u.total for u in usages) for usages in zip(*later))
+    assert plan.measured_step_s == pytest.approx(whole / 100)
+    # The next one begins anew.
+    trainer.fit(*make_data(3), BATCH, verbose=0)
+    assert "of 3 ticks" in trainer.plan.advice
+
+
 def test_no_ticks():
     one = StageStatistics(0, "CPU:0", Usage(), 0, 0.1, 1)
     assert one.ms_per_tick == 0
