@@ -211,16 +211,32 @@ def _cuts_of_plan(graph: Graph, plan: Plan) -> list[int]:
                 "variable is trained by one stage. Make a plan of this model. "
                 f"Received: a plan that ends stage {k} there."
             )
+    ranks = zip(_ranks(planned), _ranks(actual))
+    for position, (there, here) in enumerate(ranks):
+        if there != here:
+            raise ValueError(
+                "The plan was made for another model, with layers of one kind "
+                f"in another order: expected layer {planned[position]!r} at "
+                f"position {position}, received {actual[position]!r}."
+            )
+    _check_sizes(graph, plan, cuts)
+    return cuts
+
+
+def _check_sizes(graph: Graph, plan: Plan, cuts: Sequence[int]) -> None:
     # A model of open sizes is planned by one like it whose sizes are given.
     sized = not graph.open_symbols()
     devices = [stage.device for stage in plan.stages]
     here = make_plan(graph, cut_graph(graph, cuts), devices)
     for k, (there, one) in enumerate(zip(plan.stages, here.stages)):
         if there.parameters != one.parameters:
+            layer = _first_of_other_cost(there, one) if sized else None
+            where = f" The first that differs is {layer!r}." if layer else ""
             raise ValueError(
                 f"The plan was made for another model: expected stage {k}, "
                 f"{there.layers[0]!r} to {there.layers[-1]!r}, to have "
                 f"{there.parameters:,} parameters, received {one.parameters:,}."
+                f"{where}"
             )
         if sized and there.sends != one.sends:
             raise ValueError(
@@ -229,7 +245,39 @@ def _cuts_of_plan(graph: Graph, plan: Plan) -> list[int]:
                 "plan of this model. Received: a model in which it sends "
                 f"{one.sends:,}"
             )
-    return cuts
+
+
+def _first_of_other_cost(planned: StagePlan, actual: StagePlan) -> str | None:
+    """Returns the layer, if the plan has estimates and no measured costs."""
+    if planned.tick_s is not None:
+        return None
+    for name, a, b in zip(actual.layers, planned.costs, actual.costs):
+        if a != b:
+            return name
+    return None
+
+
+def _ranks(names: Sequence[str]) -> list[int]:
+    """Returns each name's place among those that differ by numbers only.
+
+    Keras counts on, whatever a process has made before, so that the order of
+    the numbers stays.
+    """
+    alike: dict[str, set[tuple[int, ...]]] = {}
+    for name in names:
+        alike.setdefault(_uncounted(name), set()).add(_counts(name))
+    ranks = {
+        (kind, counts): rank
+        for kind, found in alike.items()
+        for rank, counts in enumerate(sorted(found))
+    }
+    return [ranks[_uncounted(name), _counts(name)] for name in names]
+
+
+def _counts(name: str) -> tuple[int, ...]:
+    """Returns the numbers that `_uncounted` leaves out; the first has none."""
+    found = [re.search(r"_(\d+)$", part) for part in name.split("/")]
+    return tuple(int(match[1]) if match else -1 for match in found)
 
 
 def _uncounted(name: str) -> str:

@@ -1,5 +1,6 @@
 """Which layers go where."""
 
+import dataclasses
 import itertools
 
 import keras
@@ -308,6 +309,50 @@ def test_a_plan_for_another_model():
     message = "another model: expected layer 'd1' at position 1, received 'x'"
     with pytest.raises(ValueError, match=message):
         choose_cuts(other, plan)
+
+
+def test_a_plan_for_a_model_with_layers_swapped():
+    """Their numbers may be others, as Keras counts on, but no other order."""
+
+    def named(*names):
+        return graph_of(*(layers.Dense(4, name=name) for name in names))
+
+    plan = plan_of(named("b", "b_1", "c", "b_10", "b_9"), 2)
+    assert choose_cuts(named("b_2", "b_3", "c_1", "b_12", "b_4"), plan)
+    message = r"expected layer 'b_1' at position 1, received 'b_10'"
+    with pytest.raises(ValueError, match=message):
+        choose_cuts(named("b", "b_10", "c", "b_9", "b_1"), plan)
+
+
+def test_a_plan_for_a_model_with_nested_layers_swapped():
+    def nested(*names):
+        inner = [
+            keras.Sequential([layers.Dense(4, name="b")], name=name)
+            for name in names
+        ]
+        return graph_of(*inner)
+
+    plan = plan_of(nested("m_1", "m_2"), 2)
+    assert choose_cuts(nested("m_3", "m_4"), plan) == [0]
+    with pytest.raises(ValueError, match=r"'m_1/b' at position 0, .*'m_2/b'"):
+        choose_cuts(nested("m_2", "m_1"), plan)
+
+
+def test_a_plan_for_a_model_of_other_sizes_names_the_layer():
+    plan = plan_of(chain(5, 6, 7), ["d1"])
+    message = r"stage 0, 'd0' to 'd1', .* received \d+\. The first .* 'd1'"
+    with pytest.raises(ValueError, match=message):
+        choose_cuts(chain(5, 9, 7), plan)
+    # By what was measured, or of equal costs, nothing can be said.
+    measured = dataclasses.replace(
+        plan,
+        stages=tuple(
+            dataclasses.replace(stage, forward_s=1.0, backward_s=1.0)
+            for stage in plan.stages
+        ),
+    )
+    with pytest.raises(ValueError, match=r"received \d+\.$"):
+        choose_cuts(chain(5, 9, 7), measured)
 
 
 @pytest.mark.parametrize("units", [(5, 6), (5, 6, 7, 8)])
