@@ -9,12 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+import numpy as np
+
 from fdg_keras.schedules import Delayed, Schedule, check_whole
 
 Stash = Literal["exact", "selective", "current", "replay"]
 STASHES = ("exact", "selective", "current", "replay")
 
-# Sums and squares of amounts up to this are still numbers.
+# Sums and squares of amounts up to this are still numbers, and so are quotients
+# by what is no less than its inverse.
 _MOST = 1e100
 
 
@@ -59,7 +62,8 @@ class Cost:
             value = getattr(self, one.name)
             if value is None and one.default is None:
                 continue
-            check_number(one.name, value, "seconds or bytes, 0 or more")
+            value = check_number(one.name, value, "seconds or bytes, 0 or more")
+            object.__setattr__(self, one.name, value)
 
 
 @dataclass(frozen=True)
@@ -121,20 +125,25 @@ class Cable:
             transfer may begin meanwhile.
 
     Raises:
-        ValueError: If there is no bandwidth, or the latency is negative.
+        ValueError: If there is no bandwidth (less than 1e-100), or the latency
+            is negative.
     """
 
     bytes_per_s: float = math.inf
     latency_s: float = 0.0
 
     def __post_init__(self) -> None:
-        real = isinstance(self.bytes_per_s, numbers.Real)
-        if not real or not self.bytes_per_s > 0:
+        rate = _real(self.bytes_per_s)
+        if rate is None or not rate >= 1 / _MOST:
             raise ValueError(
-                "Expected `bytes_per_s` to be above 0. Received: "
-                f"bytes_per_s={self.bytes_per_s!r}"
+                f"Expected `bytes_per_s` to be above 0, {1 / _MOST:g} at "
+                f"least. Received: bytes_per_s={self.bytes_per_s!r}"
             )
-        check_number("latency_s", self.latency_s, "seconds, 0 or more")
+        latency_s = check_number(
+            "latency_s", self.latency_s, "seconds, 0 or more"
+        )
+        object.__setattr__(self, "bytes_per_s", rate)
+        object.__setattr__(self, "latency_s", latency_s)
 
 
 def peak_bytes(
@@ -193,15 +202,28 @@ def peak_bytes(
     return found
 
 
-def check_number(name: str, value: Any, meaning: str) -> None:
+def check_number(name: str, value: Any, meaning: str) -> Any:
     """Checks an amount; arguments as of `schedules.check_whole`.
+
+    Returns:
+        The number, as Python's own if it is one of NumPy's: sums of their short
+        types are as short.
 
     Raises:
         ValueError: If it is no number, negative, or beyond reason.
     """
-    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not real or not 0 <= value <= _MOST:
+    real = _real(value)
+    if real is None or not 0 <= real <= _MOST:
         raise ValueError(
             f"Expected `{name}` to be {meaning}, and at most {_MOST:g}. "
             f"Received: {name}={value!r}"
         )
+    return real
+
+
+def _real(value: Any) -> Any:
+    """Returns a number, as Python's own if it is NumPy's; `None` if none."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return value if real else None

@@ -12,7 +12,7 @@ compared with, by `simulation.simulate`.
 
 import numbers
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from fdg_keras.delays import ORDERS, Order, link_capacity, stage_delay
 
@@ -21,6 +21,7 @@ Pass = tuple[Literal["F", "B"], int]
 FLUSHES = ("gpipe", "1f1b")
 
 
+@runtime_checkable
 class Schedule(Protocol):
     """What a simulation asks of a schedule; K is `splits`."""
 

@@ -17,6 +17,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -118,7 +119,12 @@ def simulate(
         ValueError: If an argument is out of range, or stages wait for each
             other in a circle, because links are too small.
     """
-    cables = _check(costs, cables, overhead_s, jitter)
+    cables = _check(costs, cables, schedule)
+    overhead_s = check_number("overhead_s", overhead_s, "seconds, 0 or more")
+    jitter = check_number(
+        "jitter", jitter, "a part of the time of a pass, 0 or more"
+    )
+    check_whole("seed", seed, "that of the jitter", 0)
     if devices is None:
         devices = len(costs)
     if capacity is None:
@@ -229,29 +235,38 @@ def _result(stage: Stage, needed: float) -> StageResult:
 # -- Bad input -----------------------------------------------------------------
 
 
-def _check(
-    costs: Sequence[Cost],
-    cables: Cable | Sequence[Cable],
-    overhead_s: float,
-    jitter: float,
-) -> Sequence[Cable]:
+def _check(costs: Any, cables: Any, schedule: Any) -> Sequence[Cable]:
     """Checks arguments of `simulate`; returns a cable for each cut."""
-    if not costs:
+    if not _is_list_of(costs, Cost) or not costs:
         raise ValueError(
             "Expected `costs` to have a `Cost` for each stage, one or more. "
             f"Received: costs={costs!r}"
         )
     if isinstance(cables, Cable):
         cables = [cables] * (len(costs) - 1)
+    if not _is_list_of(cables, Cable):
+        raise ValueError(
+            "Expected `cables` to be one `Cable` for all cuts, or a list of "
+            f"one for each. Received: cables={cables!r}"
+        )
+    if isinstance(schedule, type) or not isinstance(schedule, Schedule):
+        raise ValueError(
+            "Expected `schedule` to be one such as `Delayed(2)` or "
+            f"`Flushed(8)`. Received: schedule={schedule!r}"
+        )
     if len(cables) != len(costs) - 1:
         raise ValueError(
             "Expected `cables` to be one `Cable` for all cuts, or one for "
             f"each of the {len(costs) - 1} cuts between {len(costs)} stages. "
             f"Received: {len(cables)} of them"
         )
-    check_number("overhead_s", overhead_s, "seconds, 0 or more")
-    check_number("jitter", jitter, "a part of the time of a pass, 0 or more")
     return cables
+
+
+def _is_list_of(values: Any, kind: type) -> bool:
+    return isinstance(values, Sequence) and all(
+        isinstance(value, kind) for value in values
+    )
 
 
 def _check_finished(stages: Sequence[Stage], capacity: int) -> None:

@@ -472,6 +472,29 @@ def test_bad_bandwidth(value):
         Cable(value)
 
 
+@pytest.mark.parametrize("value", [5e-324, 1e-101, True, "1", 1j])
+def test_bandwidths_beyond_reason(value):
+    with pytest.raises(ValueError, match=r"above 0, 1e-100 at least\. Rec"):
+        Cable(value)
+    slow = simulate(EQUAL, Cable(1e-100), batches=3)
+    assert math.isfinite(slow.seconds_per_step)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.int8])
+def test_numbers_of_short_types(kind):
+    cost = Cost(kind(1), kind(2), sends=kind(10))
+    cable = Cable(kind(9), kind(1))
+    found = simulate([cost] * 3, cable, overhead_s=kind(1), batches=3000)
+    same = simulate(
+        [Cost(1.0, 2.0, sends=10.0)] * 3,
+        Cable(9.0, 1.0),
+        overhead_s=1.0,
+        batches=3000,
+    )
+    assert found == same
+
+
 def test_bad_latency():
     message = r"Expected `latency_s` to be seconds.* Received: latency_s=-1"
     with pytest.raises(ValueError, match=message):
@@ -482,6 +505,32 @@ def test_no_stages():
     message = r"Expected `costs` to have .* one or more.*Received: costs=\[\]"
     with pytest.raises(ValueError, match=message):
         simulate([])
+
+
+@pytest.mark.parametrize(
+    "costs",
+    [["a", "b"], [1.0, 2.0], "ab", None, Cost(1.0, 2.0), np.array([1.0])],
+)
+def test_costs_that_are_none(costs):
+    message = r"Expected `costs` to have a `Cost` .*Received: costs="
+    with pytest.raises(ValueError, match=message):
+        simulate(costs)
+    with pytest.raises(ValueError, match=message):
+        simulate(cost for cost in EQUAL)
+
+
+@pytest.mark.parametrize("cables", [None, [1, 2, 3], "abc", 1e9, iter([])])
+def test_cables_that_are_none(cables):
+    message = r"Expected `cables` to be one `Cable` .*Received: cables="
+    with pytest.raises(ValueError, match=message):
+        simulate(EQUAL, cables)
+
+
+@pytest.mark.parametrize("schedule", ["fdg", Delayed, None, 2])
+def test_schedules_that_are_none(schedule):
+    message = r"Expected `schedule` to be one such as .*Received: schedule="
+    with pytest.raises(ValueError, match=message):
+        simulate(EQUAL, Cable(), schedule)
 
 
 def test_cables_that_are_too_many():
@@ -498,6 +547,9 @@ def test_cables_that_are_too_many():
         ("jitter", -0.1),
         ("jitter", math.nan),
         ("jitter", 1e200),
+        ("seed", -1),
+        ("seed", "a"),
+        ("seed", 0.5),
         ("devices", 0),
         ("cores", 0),
         ("cores", 1.5),
