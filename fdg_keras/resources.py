@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-import numpy as np
-
 from fdg_keras.schedules import Delayed, Schedule, check_whole
 
 Stash = Literal["exact", "selective", "current", "replay"]
@@ -223,7 +221,7 @@ def check_number(name: str, value: Any, meaning: str) -> Any:
 
 def _real(value: Any) -> Any:
     """Returns a number, as Python's own if it is NumPy's; `None` if none."""
-    if isinstance(value, np.generic):
+    if isinstance(value, numbers.Real) and hasattr(value, "item"):
         value = value.item()
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
     return value if real else None
