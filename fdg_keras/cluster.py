@@ -7,6 +7,7 @@ other, and stages hand their batches from worker to worker.
 
 import gc
 import json
+import numbers
 import os
 import platform
 import time
@@ -135,7 +136,8 @@ def connect_to_cluster(
             are left out.
         timeout_s: Seconds within which every worker must give a sign of life,
             now and whenever a model is in stages: one that does not ends
-            `fit` with a `ConnectionError`. Default 20.
+            `fit` with a `ConnectionError`. Default 20. Another call with the
+            same cluster sets it anew.
 
     Returns:
         The names of the workers' devices, in the order of their tasks: their
@@ -147,16 +149,18 @@ def connect_to_cluster(
         ConnectionError: If a worker does not answer in time.
         RuntimeError: If this process is, or was, in another cluster.
     """
-    if not timeout_s > 0:
+    real = isinstance(timeout_s, numbers.Real)
+    if not real or isinstance(timeout_s, bool) or not timeout_s > 0:
         raise ValueError(
             "Expected `timeout_s` to be a positive number of seconds. "
             f"Received: {timeout_s!r}"
         )
     addresses = parse_cluster(cluster).job_tasks(JOB)
-    if _check_unconnected(addresses):
+    is_connected = _check_unconnected(addresses)
+    tasks = _wait_for_all(addresses, timeout_s)
+    if is_connected:
         connection.timeout_s = timeout_s
         return _devices()
-    tasks = _wait_for_all(addresses, timeout_s)
     _connect(tasks, timeout_s)
     connection.tasks = tasks
     connection.timeout_s = timeout_s

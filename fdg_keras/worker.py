@@ -94,8 +94,13 @@ def _choose_task(args: argparse.Namespace) -> tuple[tf.train.ClusterSpec, int]:
     if args.cluster is None:
         spec = cluster.parse_cluster(None)
         task = cluster.tf_config().get("task") or {}
+        if not isinstance(task, dict):
+            raise ValueError(
+                'Expected "task" in TF_CONFIG to be as in {"type": "worker", '
+                f'"index": 0}}. Received: {task!r}'
+            )
         kind, index = task.get("type", JOB), task.get("index")
-        if kind != JOB:
+        if kind != JOB and args.task is None:
             raise ValueError(
                 f"Expected a task of type {JOB!r} in TF_CONFIG. A "
                 "chief is no worker: it is the process that calls "
@@ -107,7 +112,7 @@ def _choose_task(args: argparse.Namespace) -> tuple[tf.train.ClusterSpec, int]:
     if args.task is not None:
         index = args.task
     count = spec.num_tasks(JOB)
-    if not str(index).isdigit() or int(str(index)) >= count:
+    if not str(index).isdecimal() or int(str(index)) >= count:
         raise ValueError(
             f"Expected the task of this worker, 0 to {count - 1}, as --task "
             'or as {"task": {"type": "worker", "index": ...}} in TF_CONFIG. '

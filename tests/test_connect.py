@@ -56,7 +56,7 @@ def test_the_same_address_twice():
         connect(["127.0.0.1:1", "127.0.0.1:1"])
 
 
-@pytest.mark.parametrize("seconds", [0, -1.0, float("nan")])
+@pytest.mark.parametrize("seconds", [0, -1.0, float("nan"), "20", None, True])
 def test_no_time(seconds):
     with pytest.raises(ValueError, match="positive number of seconds"):
         connect(["127.0.0.1:1"], seconds)
@@ -86,6 +86,13 @@ def test_variables_that_would_be_forgotten(monkeypatch):
     with pytest.raises(
         RuntimeError, match=r"before models, .* Received: 1 variables"
     ):
+        connect(["127.0.0.1:1"])
+
+
+def test_connecting_again_asks_the_workers(monkeypatch):
+    """One of them may be gone since, and nobody has noticed yet."""
+    monkeypatch.setattr(cluster, "_check_unconnected", lambda addresses: True)
+    with pytest.raises(ConnectionError, match=r"Task 0 .* does not answer"):
         connect(["127.0.0.1:1"])
 
 

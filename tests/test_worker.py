@@ -1,5 +1,6 @@
 """`python -m fdg_keras.worker`: what it refuses, before it serves."""
 
+import json
 import socket
 import subprocess
 import sys
@@ -49,6 +50,23 @@ def test_no_address(monkeypatch):
 def test_no_task(monkeypatch, task):
     said = refusal(monkeypatch, "--cluster", TWO, *task)
     assert "Expected the task of this worker, 0 to 1" in said
+
+
+@pytest.mark.parametrize("task", ['"worker"', "1", '["worker", 0]'])
+def test_a_task_that_is_none(monkeypatch, task):
+    config = f'{{"cluster": {{"worker": ["127.0.0.1:1"]}}, "task": {task}}}'
+    said = refusal(monkeypatch, config=config)
+    assert 'Expected "task" in TF_CONFIG' in said
+
+
+def test_the_flag_comes_before_the_configuration(monkeypatch):
+    config = {
+        "cluster": {"worker": TWO.split(",")},
+        "task": {"type": "chief", "index": 0},
+    }
+    monkeypatch.setenv("TF_CONFIG", json.dumps(config))
+    given = worker._parser().parse_args(["--task=1"])
+    assert worker._choose_task(given)[1] == 1
 
 
 def test_a_chief(monkeypatch):
