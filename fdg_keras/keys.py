@@ -10,7 +10,7 @@ import hashlib
 import os
 import pathlib
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -18,7 +18,7 @@ import keras
 import tensorflow as tf
 
 from fdg_keras import _keras
-from fdg_keras.slicing import Graph, Node
+from fdg_keras.slicing import Node
 
 # Where a layer keeps what leads to all other layers of its model.
 _NEIGHBOURS = ("_inbound_nodes", "_outbound_nodes")
@@ -28,13 +28,13 @@ _OWN = ("name", "seed", "shared_object_id", "build_config")
 
 
 def key_of(
-    graph: Graph, node: Node, wanted: bool, setting: tuple
+    node: Node, specs: Sequence[tf.TensorSpec], wanted: bool, setting: tuple
 ) -> tuple[str, bool]:
     """Returns a name that nodes share if they compute the same.
 
     Args:
-        graph: The model.
-        node: One of its nodes.
+        node: One of a model's.
+        specs: Of the model's values, in the batch that is meant.
         wanted: Whether gradients of its inputs are.
         setting: What else it depends on.
 
@@ -52,7 +52,7 @@ def key_of(
             type(operation).__qualname__,
             _configuration(node),
             [
-                (numbers[v], graph.symbols[v].shape, graph.symbols[v].dtype)
+                (numbers[v], specs[v].shape.as_list(), specs[v].dtype)
                 for v in node.inputs
             ],
             [(v.shape, v.dtype, v.trainable) for v in node.variables],

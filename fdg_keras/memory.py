@@ -13,7 +13,7 @@ from fdg_keras import delays
 from fdg_keras.costs import crossing
 from fdg_keras.crossing import OF_THE_FORWARD, Stash
 from fdg_keras.profiles import Profile
-from fdg_keras.profiling import batch_spec, needs_gradient, size_of
+from fdg_keras.profiling import needs_gradient, size_of
 from fdg_keras.resources import StageBytes
 from fdg_keras.slicing import Graph
 
@@ -32,6 +32,7 @@ class Ledger:
     Args:
         graph: The model.
         profiles: Of its nodes.
+        sizes: Of its values, in bytes.
         batch_size: Samples in a batch.
         delay: Batches of delay per hop.
         stash: The stash mode.
@@ -42,15 +43,15 @@ class Ledger:
         self,
         graph: Graph,
         profiles: Sequence[Profile],
+        sizes: Sequence[int],
         batch_size: int,
         delay: int,
         stash: Stash,
         slots: float,
     ):
-        self._graph, self._profiles = graph, profiles
+        self._graph, self._profiles, self._sizes = graph, profiles, sizes
         self._batch_size, self._delay = batch_size, delay
         self._stash, self._slots = stash, slots
-        sizes = [size_of(batch_spec(s, batch_size)) for s in graph.symbols]
         needed = needs_gradient(graph)
         if stash == "replay":
             self._kept = _reads(graph, profiles, sizes, "inputs")
@@ -103,9 +104,14 @@ class Ledger:
             dataclasses.replace(p, keeps_bytes=p.keeps_bytes // shrunk)
             for p in self._profiles
         ]
+        sizes = [
+            size // shrunk if None in symbol.shape else size
+            for size, symbol in zip(self._sizes, self._graph.symbols)
+        ]
         return Ledger(
             self._graph,
             profiles,
+            sizes,
             self._batch_size // shrunk,
             self._delay,
             stash,

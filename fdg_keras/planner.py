@@ -19,7 +19,7 @@ from fdg_keras.memory import Ledger
 from fdg_keras.placement import host_of, is_here, resolve_devices
 from fdg_keras.planning import balance, estimates, legal_ends, make_plan
 from fdg_keras.plans import Plan, StagePlan
-from fdg_keras.profiling import Profiler, description
+from fdg_keras.profiling import Profiler, description, size_of
 from fdg_keras.rates import UpdateRate, transfer_rate, update_rate
 from fdg_keras.resources import StageBytes
 from fdg_keras.room import Room, check_limit
@@ -110,7 +110,13 @@ def plan(
     kind_of = [kinds[description(name)] for name in names]
     first = kind_of[0]
     ledger = Ledger(
-        graph, first.profiles, batch_size, delay, stash, first.slots
+        graph,
+        first.profiles,
+        first.sizes,
+        batch_size,
+        delay,
+        stash,
+        first.slots,
     )
     home = Home(graph, names, ledger.resting)
     room = Room(ledger, ends, splits, memory_limit, names, home)
@@ -155,6 +161,7 @@ class _Kind:
 
     Attributes:
         profiles: Of the model's nodes, without times until `measure` is called.
+        sizes: Of the model's values, in bytes.
         update: Of the optimizer, if there is one.
     """
 
@@ -172,6 +179,7 @@ class _Kind:
             graph, batch_size, device, jit_compile, cache_dir
         )
         self.profiles = self._profiler.untimed()
+        self.sizes = list(map(size_of, self._profiler.specs))
         self.update: UpdateRate | None = None
         if optimizer is not None:
             self.update = update_rate(optimizer, device, measure)

@@ -28,6 +28,8 @@ class Profile:
             it is one: both are the same memory.
         unsized: How many tensors the backward reads whose bytes are unknown.
         cheap: Whether `stash="selective"` may run the whole forward again.
+        shapes: Of each output, as far as known before it runs; `None` if not
+            even how many axes it has.
     """
 
     forward_s: float
@@ -40,6 +42,7 @@ class Profile:
     views: tuple[int | None, ...]
     unsized: int
     cheap: bool
+    shapes: tuple[tuple[int | None, ...] | None, ...]
 
 
 class ProfileCache:
@@ -83,10 +86,7 @@ class ProfileCache:
         """
         try:
             record = json.loads((self._folder / f"{key}.json").read_text())
-            for name, value in record.items():
-                if isinstance(value, list):
-                    record[name] = tuple(value)
-            found = Profile(**record)
+            found = Profile(**{k: _tuples(v) for k, v in record.items()})
         # Text of thousands of brackets is a `RecursionError`.
         except (OSError, ValueError, TypeError, AttributeError, RecursionError):
             return None
@@ -120,7 +120,25 @@ def _is_right(found: Profile, inputs: int, outputs: int, weights: int) -> bool:
         and _are(found.keeps_weights, weights, (False, True))
         and _are(found.views, outputs, indices)
         and isinstance(found.cheap, bool)
+        and isinstance(found.shapes, tuple)
+        and len(found.shapes) == outputs
+        and all(map(_is_shape, found.shapes))
     )
+
+
+def _is_shape(value: Any) -> bool:
+    """Whether it is one, or unknown."""
+    if value is None:
+        return True
+    return isinstance(value, tuple) and all(
+        size is None or (isinstance(size, int) and _is_number(size))
+        for size in value
+    )
+
+
+def _tuples(value: Any) -> Any:
+    """Returns what JSON has as lists as it was."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _is_number(value: Any) -> bool:

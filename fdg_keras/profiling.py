@@ -13,7 +13,7 @@ import itertools
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -33,7 +33,9 @@ class Profiler:
     """Finds what each node takes on a device, for a batch.
 
     Nodes that compute the same, the blocks of a deep network, are looked at
-    once. Updates are not measured.
+    once, in order: what a node is given has the shape that the ones before it
+    make of the batch, which symbols do not tell where rows are not samples.
+    Updates are not measured.
 
     Args:
         graph: The model.
@@ -43,6 +45,9 @@ class Profiler:
         jit_compile: Whether XLA compiles forward and backward.
         cache_dir: Where profiles are kept. Default: `FDG_KERAS_CACHE` in the
             environment, or else `fdg_keras` in the user's folder for caches.
+
+    Attributes:
+        specs: Shape and dtype of each of the graph's values.
     """
 
     def __init__(
@@ -54,30 +59,39 @@ class Profiler:
         cache_dir: str | os.PathLike | None = None,
     ):
         needed = needs_gradient(graph)
-        wanted = [any(needed[v] for v in node.inputs) for node in graph.nodes]
         setting = (batch_size, jit_compile, *where(device))
-        named = [
-            key_of(graph, node, asked, setting)
-            for node, asked in zip(graph.nodes, wanted)
-        ]
-        self._keys = [key for key, _ in named]
-        self._lasting = dict(named)
+        how = (batch_size, device, jit_compile)
         self._cache = ProfileCache(cache_dir)
-        self._found = _cached(self._cache, dict(zip(named, graph.nodes)))
+        self._keys: list[str] = []
+        self._lasting: dict[str, bool] = {}
+        self._found: dict[str, Profile] = {}
         self._pieces: dict[str, _Piece] = {}
-        for key, node, asked in zip(self._keys, graph.nodes, wanted):
-            if key not in self._found and key not in self._pieces:
-                self._pieces[key] = _Piece(
-                    graph, node, asked, batch_size, device, jit_compile
-                )
+        self.specs = [batch_spec(s, batch_size) for s in graph.symbols]
+        for node in graph.nodes:
+            asked = any(needed[v] for v in node.inputs)
+            key, lasts = key_of(node, self.specs, asked, setting)
+            self._keys.append(key)
+            if key not in self._lasting:
+                self._lasting[key] = lasts
+                known = _cached(self._cache, key, node) if lasts else None
+                if known is not None:
+                    self._found[key] = known
+                else:
+                    self._pieces[key] = _Piece(node, self.specs, asked, *how)
+            for value, shape in zip(node.outputs, self._untimed(key).shapes):
+                self.specs[value] = _as_traced(self.specs[value], shape)
 
     def untimed(self) -> list[Profile]:
         """Returns a profile for each node, without measuring any.
 
         What is not known from before has times of 0.
         """
-        bare = {key: piece.untimed for key, piece in self._pieces.items()}
-        return [(self._found | bare)[key] for key in self._keys]
+        return [self._untimed(key) for key in self._keys]
+
+    def _untimed(self, key: str) -> Profile:
+        if key in self._pieces:
+            return self._pieces[key].untimed
+        return self._found[key]
 
     def timed(self) -> list[Profile]:
         """Returns a profile for each node, and keeps what was measured.
@@ -102,23 +116,14 @@ def description(device: str) -> str:
     return repr(where(device))
 
 
-def _cached(
-    cache: ProfileCache, nodes: Mapping[tuple[str, bool], Node]
-) -> dict[str, Profile]:
-    """Returns what is known of nodes, by their key and whether it lasts."""
-    found = {}
-    for (key, lasts), node in nodes.items():
-        if not lasts:
-            continue
-        known = cache.read(
-            key,
-            inputs=len(set(node.inputs)),
-            outputs=len(node.outputs),
-            weights=len(node.trainable_variables),
-        )
-        if known is not None:
-            found[key] = known
-    return found
+def _cached(cache: ProfileCache, key: str, node: Node) -> Profile | None:
+    """Returns what is known of a node from before, if anything."""
+    return cache.read(
+        key,
+        inputs=len(set(node.inputs)),
+        outputs=len(node.outputs),
+        weights=len(node.trainable_variables),
+    )
 
 
 class _Piece:
@@ -126,17 +131,15 @@ class _Piece:
 
     def __init__(
         self,
-        graph: Graph,
         node: Node,
+        of_values: Sequence[tf.TensorSpec],
         wanted: bool,
         batch_size: int,
         device: str,
         jit_compile: bool,
     ):
         values = tuple(dict.fromkeys(node.inputs))
-        specs = tuple(
-            batch_spec(graph.symbols[value], batch_size) for value in values
-        )
+        specs = tuple(of_values[value] for value in values)
         part = Slice((node,), (), values, node.outputs)
         stage = Stage(0, part, device, True, jit_compile)
         outgoing = stage.trace(Boundary(values, specs=specs), [])
@@ -165,6 +168,7 @@ class _Piece:
             views=kept.views[: len(node.outputs)],
             unsized=kept.unsized,
             cheap=kept.cheap,
+            shapes=tuple(_shape_of(spec) for spec in sent),
         )
 
     @functools.cached_property
@@ -256,6 +260,20 @@ def batch_spec(symbol: Any, batch_size: int) -> tf.TensorSpec:
         d or (1 if axis else batch_size) for axis, d in enumerate(symbol.shape)
     ]
     return tf.TensorSpec(shape, symbol.dtype)
+
+
+def _shape_of(spec: tf.TensorSpec) -> tuple[int | None, ...] | None:
+    return None if spec.shape.rank is None else tuple(spec.shape.as_list())
+
+
+def _as_traced(
+    spec: tf.TensorSpec, shape: tuple[int | None, ...] | None
+) -> tf.TensorSpec:
+    """Returns a spec with what is known of the shape of a traced tensor."""
+    if shape is None or len(shape) != spec.shape.rank:
+        return spec
+    known = [b if a is None else a for a, b in zip(shape, spec.shape)]
+    return tf.TensorSpec(known, spec.dtype)
 
 
 def size_of(tensor: tf.Tensor | tf.TensorSpec) -> int:

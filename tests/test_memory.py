@@ -13,7 +13,7 @@ from keras import layers
 from fdg_keras import planning
 from fdg_keras.memory import Ledger
 from fdg_keras.planning import choose_cuts, legal_ends
-from fdg_keras.profiling import Profiler
+from fdg_keras.profiling import Profiler, size_of
 from fdg_keras.room import Room
 from fdg_keras.slicing import cut_graph, trace_graph
 from fdg_keras.stashes import traced_stashes
@@ -30,8 +30,9 @@ def traced(graph, cuts, stash):
 
 
 def ledger_of(graph, stash="exact", delay=2, slots=1.0):
-    profiles = Profiler(graph, BATCH, DEVICE).untimed()
-    return Ledger(graph, profiles, BATCH, delay, stash, slots)
+    found = Profiler(graph, BATCH, DEVICE)
+    sizes = list(map(size_of, found.specs))
+    return Ledger(graph, found.untimed(), sizes, BATCH, delay, stash, slots)
 
 
 @pytest.mark.parametrize("stash", ["exact", "current", "replay"])
@@ -54,6 +55,26 @@ def test_stash_of_a_residual_network():
     edges = [0, *(cut + 1 for cut in cuts), len(graph.nodes)]
     found = [ledger.stashed(a)[b - 1] for a, b in itertools.pairwise(edges)]
     assert found == traced(graph, cuts, "exact")
+
+
+@pytest.mark.parametrize("stash", ["exact", "current", "replay"])
+def test_stash_where_rows_are_not_samples(stash):
+    """A symbol's first axis is unknown, whatever the batch makes of it."""
+    inputs = keras.Input((6, 6, 4))
+    h = layers.Dense(4, "relu")(inputs)
+    h = keras.ops.reshape(h, (-1, 9, 4))  # four windows of each image
+    h = layers.Dense(4, "relu")(h)
+    h = keras.ops.concatenate([h, layers.Dense(4, "relu")(h)], 0)
+    h = layers.Dense(4, "tanh")(h)
+    h = keras.ops.reshape(h, (-1, 72, 4))
+    graph = trace_graph(keras.Model(inputs, layers.Dense(2)(h)))
+    cuts = choose_cuts(graph, 3)
+    ledger = ledger_of(graph, stash)
+    edges = [0, *(cut + 1 for cut in cuts), len(graph.nodes)]
+    found = [ledger.stashed(a)[b - 1] for a, b in itertools.pairwise(edges)]
+    assert found == traced(graph, cuts, stash)
+    half = ledger.otherwise(stash, 2)
+    assert half.sent == pytest.approx(ledger.sent / 2)
 
 
 def chain():

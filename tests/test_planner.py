@@ -267,7 +267,7 @@ def test_a_user_without_a_home(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     cache = ProfileCache(None)
-    cache.write("key", Profile(0.0, 0.0, 0.0, (), (), (), 0, (), 0, True))
+    cache.write("key", Profile(0.0, 0.0, 0.0, (), (), (), 0, (), 0, True, ()))
     assert cache.read("key", 0, 0, 0) is None
     assert not list(tmp_path.iterdir())
 
@@ -297,9 +297,9 @@ def pieces(monkeypatch):
     made = []
     init = fdg_keras.profiling._Piece.__init__
 
-    def counting(self, graph, node, *rest):
+    def counting(self, node, *rest):
         made.append(node.name)
-        init(self, graph, node, *rest)
+        init(self, node, *rest)
 
     monkeypatch.setattr(fdg_keras.profiling._Piece, "__init__", counting)
     return made
@@ -366,6 +366,27 @@ def test_what_was_measured_is_kept(monkeypatch, tmp_path):
             patch.setattr(name, value)
             with pytest.raises(TypeError, match="callable"):
                 Profiler(graph, 8, DEVICE, cache_dir=tmp_path).timed()
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_rows_that_are_not_samples(tmp_path, kept):
+    """Whose count goes into what the batch's does not, found or read again."""
+    inputs = keras.Input((4, 3))
+    h = keras.ops.reshape(layers.Dense(3)(inputs), (-1, 3))
+    for _ in range(2):
+        h = layers.Dense(3)(h)
+    h = layers.Dense(6)(keras.ops.reshape(h, (-1, 2, 3)))
+    model = _compiled(keras.Model(inputs, keras.ops.reshape(h, (-1, 4, 6))))
+    graph = trace_graph(model)
+    if kept:
+        Profiler(graph, 3, DEVICE, cache_dir=tmp_path).timed()
+    rows = [
+        spec.shape[0]
+        for spec in Profiler(graph, 3, DEVICE, cache_dir=tmp_path).specs
+    ]
+    assert rows == [3, 3, 12, 12, 12, 6, 6, 3]
+    plan = fdg_keras.plan(model, 2, 3, ["CPU:0", "CPU:1"], cache_dir=tmp_path)
+    assert plan.step_s > 0
 
 
 class Twice(layers.Layer):
@@ -444,7 +465,8 @@ def test_code_of_the_user_is_told_apart(pieces):
 
 def test_a_cache_never_fails(tmp_path):
     found = Profile(
-        1.0, 2.0, 3.0, (True, False), (False,), (True,), 12, (0,), 1, False
+        *(1.0, 2.0, 3.0, (True, False), (False,), (True,), 12, (0,), 1, False),
+        shapes=((8, None),),
     )
     cache = ProfileCache(tmp_path)
     cache.write("one", found)
@@ -481,6 +503,10 @@ def test_a_cache_never_fails(tmp_path):
         {"views": []},
         {"views": None},
         {"unsized": -1},
+        {"shapes": []},
+        {"shapes": [[8, "4"]]},
+        {"shapes": [[8, -4]]},
+        {"shapes": 7},
     ],
 )
 def test_a_cache_that_is_spoilt_is_measured_again(pieces, tmp_path, wrong):
