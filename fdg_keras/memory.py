@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal
 
 import keras
 import numpy as np
@@ -24,9 +23,8 @@ class Ledger:
     What a stage keeps of a batch from its forward to its backward is made up
     of what the backwards of its nodes read. A value that two of them read is
     kept once, and it is kept by each stage that reads it. With `"replay"` only
-    inputs are kept; the rest comes back while the backward runs. (All inputs
-    count, though a stage keeps none that goes into nothing that its backward
-    reads, a skip into a mean, say.) What `"selective"` keeps is not a sum over
+    inputs are kept, if anything that the backward reads depends on them; the
+    rest comes back while it runs. What `"selective"` keeps is not a sum over
     nodes: it is counted as `"exact"`, which is more.
 
     Args:
@@ -54,10 +52,10 @@ class Ledger:
         self._stash, self._slots = stash, slots
         needed = needs_gradient(graph)
         if stash == "replay":
-            self._kept = _reads(graph, profiles, sizes, "inputs")
-            self._again = _reads(graph, profiles, sizes, "made within")
+            self._kept = _inputs_read(graph, profiles, sizes)
+            self._again = _reads(graph, profiles, sizes, made_within=True)
         else:
-            self._kept = _reads(graph, profiles, sizes, "all")
+            self._kept = _reads(graph, profiles, sizes, made_within=False)
             self._again = self._kept[:0]
         trainable = [node.trainable_variables for node in graph.nodes]
         #: Bytes of trainable weights, by the first node that uses them.
@@ -259,7 +257,7 @@ def _reads(
     graph: Graph,
     profiles: Sequence[Profile],
     sizes: Sequence[int],
-    what: Literal["all", "inputs", "made within"],
+    made_within: bool,
 ) -> np.ndarray:
     """Returns what backwards read, as rows of a table.
 
@@ -267,9 +265,7 @@ def _reads(
         graph: The model.
         profiles: Of its nodes.
         sizes: Of its values, in bytes.
-        what: `"all"` that backwards read; or all inputs of nodes that come
-            from outside of the stage; or what backwards read and a node of the
-            stage has made.
+        made_within: Whether only what a node of the same stage has made.
 
     Returns:
         `[reads, 4]`: the node that reads, in order; bytes; and a and b, such
@@ -284,9 +280,7 @@ def _reads(
     def add(position: int, value: int) -> None:
         value = same.get(value, value)
         after, until = last.get(value, -1), position
-        if what == "inputs":
-            after = max(after, made.get(value, -1))
-        elif what == "made within":
+        if made_within:
             until = min(until, made.get(value, -1))
         last[value] = position
         if after < until:
@@ -298,16 +292,54 @@ def _reads(
             if of is not None:
                 same[value] = same.get(inputs[of], inputs[of])
         for value, keeps in zip(inputs, found.keeps_inputs):
-            if keeps or what == "inputs":
+            if keeps:
                 add(position, value)
         made.update((value, position) for value in node.outputs)
-        if what == "inputs":
-            continue
         for value, keeps in zip(node.outputs, found.keeps_outputs):
             if keeps:
                 add(position, value)
         rows.append((position, found.keeps_bytes, -1, position))
     return np.array(rows, int).reshape(-1, 4)
+
+
+def _inputs_read(
+    graph: Graph, profiles: Sequence[Profile], sizes: Sequence[int]
+) -> np.ndarray:
+    """Returns what backwards need of a stage's inputs to replay it.
+
+    Args:
+        graph: The model.
+        profiles: Of its nodes.
+        sizes: Of its values, in bytes.
+
+    Returns:
+        `[reads, 4]`, as of `_reads`. The node is the first that reads what
+        depends on the input: a stage that ends before it does not keep it.
+    """
+    never = len(graph.nodes)
+    first = [never] * len(graph.symbols)  # to read what depends on a value
+    uses: list[list[tuple[int, int]]] = [[] for _ in first]
+    made = [-1] * len(first)
+    for position in reversed(range(never)):
+        node, found = graph.nodes[position], profiles[position]
+        run = min((first[value] for value in node.outputs), default=never)
+        beside = any(found.keeps_outputs) or found.keeps_bytes or found.unsized
+        if found.replays and beside:
+            run = position
+        inputs = dict.fromkeys(node.inputs)
+        for value, keeps in zip(inputs, found.keeps_inputs):
+            use = position if keeps else run
+            first[value] = min(first[value], use)
+            uses[value].append((use, position))
+        for value in node.outputs:
+            made[value] = position
+    rows = []
+    for value, after in enumerate(made):
+        for use, position in sorted(uses[value]):
+            if use < never and after < position:
+                rows.append((use, sizes[value], after, position))
+            after = max(after, position)
+    return np.array(sorted(rows), int).reshape(-1, 4)
 
 
 def _by_last_node(table: np.ndarray, start: int, count: int) -> np.ndarray:

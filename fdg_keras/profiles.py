@@ -28,6 +28,8 @@ class Profile:
             it is one: both are the same memory.
         unsized: How many tensors the backward reads whose bytes are unknown.
         cheap: Whether `stash="selective"` may run the whole forward again.
+        replays: Whether what the backward reads depends on inputs: what a
+            layer computes of weights that are frozen does not.
         shapes: Of each output, as far as known before it runs; `None` if not
             even how many axes it has.
     """
@@ -42,6 +44,7 @@ class Profile:
     views: tuple[int | None, ...]
     unsized: int
     cheap: bool
+    replays: bool
     shapes: tuple[tuple[int | None, ...] | None, ...]
 
 
@@ -120,6 +123,7 @@ def _is_right(found: Profile, inputs: int, outputs: int, weights: int) -> bool:
         and _are(found.keeps_weights, weights, (False, True))
         and _are(found.views, outputs, indices)
         and isinstance(found.cheap, bool)
+        and isinstance(found.replays, bool)
         and isinstance(found.shapes, tuple)
         and len(found.shapes) == outputs
         and all(map(_is_shape, found.shapes))

@@ -150,6 +150,7 @@ class _Piece:
         self._name, self._batch_size = node.name, batch_size
         self._given = list(itertools.compress(sent, floating))
         kept = stage.kept(batch_size)
+        replayed = stage.stash_bytes("replay", batch_size)
         #: What is known without measuring.
         self.untimed = Profile(
             forward_s=0.0,
@@ -168,6 +169,7 @@ class _Piece:
             views=kept.views[: len(node.outputs)],
             unsized=kept.unsized,
             cheap=kept.cheap,
+            replays=replayed.batch + replayed.unsized > 0,
             shapes=tuple(_shape_of(spec) for spec in sent),
         )
 

@@ -267,7 +267,9 @@ def test_a_user_without_a_home(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     cache = ProfileCache(None)
-    cache.write("key", Profile(0.0, 0.0, 0.0, (), (), (), 0, (), 0, True, ()))
+    cache.write(
+        "key", Profile(0.0, 0.0, 0.0, (), (), (), 0, (), 0, True, True, ())
+    )
     assert cache.read("key", 0, 0, 0) is None
     assert not list(tmp_path.iterdir())
 
@@ -465,7 +467,9 @@ def test_code_of_the_user_is_told_apart(pieces):
 
 def test_a_cache_never_fails(tmp_path):
     found = Profile(
-        *(1.0, 2.0, 3.0, (True, False), (False,), (True,), 12, (0,), 1, False),
+        *(1.0, 2.0, 3.0, (True, False), (False,), (True,), 12, (0,), 1),
+        cheap=False,
+        replays=True,
         shapes=((8, None),),
     )
     cache = ProfileCache(tmp_path)
@@ -503,6 +507,7 @@ def test_a_cache_never_fails(tmp_path):
         {"views": []},
         {"views": None},
         {"unsized": -1},
+        {"replays": 1},
         {"shapes": []},
         {"shapes": [[8, "4"]]},
         {"shapes": [[8, -4]]},
