@@ -23,8 +23,9 @@ from fdg_keras.slicing import Node
 # Where a layer keeps what leads to all other layers of its model.
 _NEIGHBOURS = ("_inbound_nodes", "_outbound_nodes")
 
-# What differs between layers that compute the same.
+# What differs between layers that compute the same: settings, attributes.
 _OWN = ("name", "seed", "shared_object_id", "build_config")
+_OWN_ATTRIBUTES = ("name", "_name", "_path", "_parent_path", "seed")
 
 
 def key_of(
@@ -59,6 +60,7 @@ def key_of(
             wanted,
             setting,
             list(map(id, foreign)),
+            _attributes(node) if foreign else None,
         )
     )
     return hashlib.sha256(text.encode()).hexdigest()[:32], not foreign
@@ -107,14 +109,39 @@ def _own_version() -> str:
         return ""
 
 
+def _parts(node: Node) -> list[Any]:
+    """Returns the operation of a node, and all layers in it."""
+    if isinstance(node.operation, keras.layers.Layer):
+        return _keras.layers_within(node.operation)
+    return [node.operation]
+
+
+def _attributes(node: Node) -> list[list[tuple[str, str]]]:
+    """Returns what the parts of a node have for numbers, texts and the like.
+
+    A configuration that the user wrote need not tell all settings.
+    """
+    left_out = (*_NEIGHBOURS, *_OWN_ATTRIBUTES)
+    return [
+        sorted(
+            (name, repr(value))
+            for name, value in vars(part).items()
+            if name not in left_out and _is_plain(value)
+        )
+        for part in _parts(node)
+    ]
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return isinstance(value, (bool, int, float, str))
+
+
 def _foreign(node: Node) -> Iterator[Any]:
     """Yields the classes and functions of a node that are not Keras' own."""
-    operation = node.operation
-    parts = [operation]
-    if isinstance(operation, keras.layers.Layer):
-        parts = _keras.layers_within(operation)
     found = [*node.call.arguments.args, *node.call.arguments.kwargs.values()]
-    for part in parts:
+    for part in _parts(node):
         found.append(type(part))
         found += [v for k, v in vars(part).items() if k not in _NEIGHBOURS]
     seen = set()

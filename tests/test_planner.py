@@ -465,6 +465,38 @@ def test_code_of_the_user_is_told_apart(pieces):
     assert pieces == [made[k].name for k in (0, 1, 2, 6, 7)]
 
 
+class Repeats(layers.Layer):
+    """Whose configuration leaves out how often, and by what."""
+
+    def __init__(self, times, factors=(1.0,)):
+        super().__init__()
+        self.times, self._factors = times, list(factors)
+        self.dropout = layers.Dropout(0.1)
+
+    def call(self, x):
+        for factor in self.times * self._factors:
+            x = keras.ops.sin(factor * x)
+        return self.dropout(x)
+
+    def get_config(self):
+        return {"name": self.name}
+
+
+def test_what_a_configuration_leaves_out_is_told_apart(pieces):
+    made = [
+        Repeats(1),
+        Repeats(60),
+        *(Repeats(1) for _ in range(3)),
+        Repeats(1, [2.0]),
+        Repeats(60),
+        Repeats(1),
+    ]
+    made[4].dropout.rate = 0.2
+    model = keras.Sequential([keras.Input((8,)), layers.Dense(8), *made])
+    Profiler(trace_graph(model), 8, DEVICE).untimed()
+    assert pieces[1:] == [made[k].name for k in (0, 1, 4, 5)]
+
+
 def test_a_cache_never_fails(tmp_path):
     found = Profile(
         *(1.0, 2.0, 3.0, (True, False), (False,), (True,), 12, (0,), 1),
