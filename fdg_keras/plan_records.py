@@ -1,11 +1,13 @@
 """What a plan that was written as text has to be like, to be read again."""
 
-import math
 import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from fdg_keras.resources import STASHES
+
+# Nothing takes longer: eleven days.
+_LONGEST_S = 1e6
 
 #: Of the format. Another version is not read.
 VERSION = 1
@@ -63,7 +65,12 @@ def _need(condition: Any, what: str) -> None:
 
 def _is_number(value: Any) -> bool:
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return bool(real and 0 <= value < math.inf)
+    # Larger ones do not go into the 64 bits in which they are counted.
+    return bool(real and 0 <= value < 2**63)
+
+
+def _is_duration(value: Any) -> bool:
+    return _is_number(value) and value <= _LONGEST_S
 
 
 def _is_count(value: Any) -> bool:
@@ -88,7 +95,7 @@ def _maybe(
 
 
 _COUNT = "a whole number, 0 or more"
-_SECONDS = _maybe("seconds, 0 or more", _is_number)
+_SECONDS = _maybe("seconds, 0 or more", _is_duration)
 
 _OF_PLANS = {
     "stages": ("a list", _all(lambda _: True)),

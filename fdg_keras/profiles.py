@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+# No layer takes longer: eleven days.
+_LONGEST_S = 1e6
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -113,10 +116,9 @@ def _is_right(found: Profile, inputs: int, outputs: int, weights: int) -> bool:
     seconds = (found.forward_s, found.backward_s, found.processor_s)
     indices = (None, *range(inputs))
     return (
-        all(_is_number(one) for one in seconds)
+        all(map(_is_duration, seconds))
         and all(
-            isinstance(count, int) and _is_number(count)
-            for count in (found.keeps_bytes, found.unsized)
+            _is_count(count) for count in (found.keeps_bytes, found.unsized)
         )
         and _are(found.keeps_inputs, inputs, (False, True))
         and _are(found.keeps_outputs, outputs, (False, True))
@@ -134,10 +136,11 @@ def _is_shape(value: Any) -> bool:
     """Whether it is one, or unknown."""
     if value is None:
         return True
-    return isinstance(value, tuple) and all(
-        size is None or (isinstance(size, int) and _is_number(size))
-        for size in value
-    )
+    if not isinstance(value, tuple):
+        return False
+    sizes = [size for size in value if size is not None]
+    # No element has more than 16 bytes.
+    return all(map(_is_count, sizes)) and _is_count(16 * math.prod(sizes))
 
 
 def _tuples(value: Any) -> Any:
@@ -145,9 +148,15 @@ def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
-def _is_number(value: Any) -> bool:
+def _is_duration(value: Any) -> bool:
     real = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return real and 0 <= value < math.inf
+    return real and 0 <= value <= _LONGEST_S
+
+
+def _is_count(value: Any) -> bool:
+    # Bytes are counted in 64 bits.
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return whole and 0 <= value < 2**63
 
 
 def _are(values: Any, count: int, options: Sequence[Any]) -> bool:
