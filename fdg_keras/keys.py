@@ -73,21 +73,57 @@ def where(device: str) -> tuple:
         device: Full TensorFlow name.
     """
     spec = tf.DeviceSpec.from_string(device)
-    kind = spec.device_type
-    if kind == "GPU":
-        gpus = tf.config.list_physical_devices("GPU")
-        index = min(spec.device_index or 0, len(gpus) - 1)
-        kind = repr(tf.config.experimental.get_device_details(gpus[index]))
+    here = spec.job == "localhost"
     return (
-        kind,
-        (spec.job, spec.task) if spec.job != "localhost" else None,
-        _processor(),
-        len(os.sched_getaffinity(0)),
+        *(_local(spec) if here else _remote(spec)),
+        None if here else (spec.job, spec.task),
         tf.config.threading.get_intra_op_parallelism_threads(),
         tf.__version__,
         keras.__version__,
         _own_version(),
     )
+
+
+def _local(spec: tf.DeviceSpec) -> tuple[str, str, int]:
+    """Returns the kind of a device, the processor beside it, and its cores."""
+    kind = spec.device_type
+    if kind == "GPU":
+        gpus = tf.config.list_physical_devices("GPU")
+        index = min(spec.device_index or 0, len(gpus) - 1)
+        kind = repr(tf.config.experimental.get_device_details(gpus[index]))
+    return kind, _processor(), len(os.sched_getaffinity(0))
+
+
+def _remote(spec: tf.DeviceSpec) -> tuple[str, str, int]:
+    """Returns the same of another machine, as its own files tell it.
+
+    What tasks of a name are may differ from one cluster to the next.
+    """
+    cpu = spec.replace(device_type="CPU", device_index=0).to_string()
+    lines = _lines("/proc/cpuinfo", cpu)
+    named = (line for line in lines if line.startswith("model name"))
+    kind = spec.device_type
+    if kind == "GPU":
+        found = _lines("/proc/driver/nvidia/gpus/*/information", cpu)
+        kind = repr([line for line in found if line.startswith("Model:")])
+    cores = sum(line.startswith("processor") for line in lines)
+    return kind, next(named, ""), cores
+
+
+def _lines(pattern: str, device: str) -> list[str]:
+    """Returns those of files on a device's machine; none if they cannot be."""
+    try:
+        return _text(pattern, device).splitlines()
+    except tf.errors.OpError:
+        return []
+
+
+@functools.cache
+def _text(pattern: str, device: str) -> str:
+    with tf.device(device):
+        paths = sorted(tf.io.matching_files(pattern).numpy())
+        texts = [tf.io.read_file(path).numpy() for path in paths]
+    return b"\n".join(texts).decode(errors="replace")
 
 
 @functools.cache

@@ -15,7 +15,7 @@ import zoo
 from keras import layers
 
 import fdg_keras
-from fdg_keras import Plan, Trainer, expectations, planner
+from fdg_keras import Plan, Trainer, expectations, keys, planner
 from fdg_keras.advice import Measured, with_measured
 from fdg_keras.crossing import STASHES
 from fdg_keras.planning import choose_cuts
@@ -368,6 +368,38 @@ def test_what_was_measured_is_kept(monkeypatch, tmp_path):
             patch.setattr(name, value)
             with pytest.raises(TypeError, match="callable"):
                 Profiler(graph, 8, DEVICE, cache_dir=tmp_path).timed()
+
+
+def test_what_a_machine_tells_of_itself():
+    """Its files are read where it is."""
+    keys._text.cache_clear()
+    spec = tf.DeviceSpec.from_string(DEVICE)
+    kind, processor, cores = keys._remote(spec)
+    assert (kind, processor) == keys._local(spec)[:2]
+    assert cores >= len(os.sched_getaffinity(0))
+    assert keys._lines("/proc/no/such/*", DEVICE) == []
+    assert keys._lines("/proc", DEVICE) == []
+    nowhere = "/job:worker/replica:0/task:0/device:CPU:0"
+    assert keys._lines("/proc/cpuinfo", nowhere) == []
+
+
+def test_devices_of_other_machines_are_told_apart(monkeypatch):
+    """By what they have, though a task of that name was another before."""
+    files = {}
+
+    def text(pattern, device):
+        assert device == "/job:worker/replica:0/task:0/device:CPU:0"
+        return files[pattern.split("/")[2]]
+
+    monkeypatch.setattr(keys, "_text", text)
+    found = set()
+    for cores, gpu in ((2, "A"), (4, "A"), (4, "B"), (4, "")):
+        lines = "processor : 0\nmodel name : fast\n\n" * cores
+        files.update(cpuinfo=lines, driver=f"Model: {gpu}\nIRQ: 7\n" * 2)
+        for kind in ("CPU", "GPU"):
+            name = f"/job:worker/replica:0/task:0/device:{kind}:0"
+            found.add(keys.where(name))
+    assert len(found) == 2 + 4
 
 
 @pytest.mark.parametrize("kept", [False, True])
