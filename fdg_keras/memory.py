@@ -13,6 +13,7 @@ from fdg_keras.costs import crossing
 from fdg_keras.crossing import OF_THE_FORWARD, Stash
 from fdg_keras.profiles import Profile
 from fdg_keras.profiling import needs_gradient, size_of
+from fdg_keras.reads import by_first_node_of, by_last_node, inputs_read, reads
 from fdg_keras.resources import StageBytes
 from fdg_keras.slicing import Graph
 
@@ -52,10 +53,10 @@ class Ledger:
         self._stash, self._slots = stash, slots
         needed = needs_gradient(graph)
         if stash == "replay":
-            self._kept = _inputs_read(graph, profiles, sizes)
-            self._again = _reads(graph, profiles, sizes, made_within=True)
+            self._kept = inputs_read(graph, profiles, sizes)
+            self._again = reads(graph, profiles, sizes, made_within=True)
         else:
-            self._kept = _reads(graph, profiles, sizes, made_within=False)
+            self._kept = reads(graph, profiles, sizes, made_within=False)
             self._again = self._kept[:0]
         trainable = [node.trainable_variables for node in graph.nodes]
         #: Bytes of trainable weights, by the first node that uses them.
@@ -170,11 +171,11 @@ class Ledger:
         Returns:
             `[nodes]`, by its last node; nothing before `start`.
         """
-        return _by_last_node(self._kept, start, len(self._running))
+        return by_last_node(self._kept, start, len(self._running))
 
     def _made_again(self, start: int) -> np.ndarray:
         """Returns bytes that a replaying backward has beside its inputs."""
-        return _by_last_node(self._again, start, len(self._running))
+        return by_last_node(self._again, start, len(self._running))
 
     def _links(self, start: int) -> np.ndarray:
         sent = self.sent[start - 1] if start else 0.0
@@ -231,7 +232,7 @@ class Ledger:
         capacity = delays.link_capacity(self._delay)
         sent = np.concatenate([[0.0], self.sent])[starts]
         kept, again = (
-            _by_first_node_of(table, count, stops)
+            by_first_node_of(table, count, stops)
             for table in (self._kept, self._again)
         )
         running = np.zeros(count)
@@ -251,117 +252,6 @@ class Ledger:
                 + running[starts],
                 stashed + copied[stop + 1] - copied[starts],
             )
-
-
-def _reads(
-    graph: Graph,
-    profiles: Sequence[Profile],
-    sizes: Sequence[int],
-    made_within: bool,
-) -> np.ndarray:
-    """Returns what backwards read, as rows of a table.
-
-    Args:
-        graph: The model.
-        profiles: Of its nodes.
-        sizes: Of its values, in bytes.
-        made_within: Whether only what a node of the same stage has made.
-
-    Returns:
-        `[reads, 4]`: the node that reads, in order; bytes; and a and b, such
-        that it counts for stages that begin at node a < start <= b: a node
-        that has read the same before is not in the stage.
-    """
-    rows = []
-    made: dict[int, int] = {}
-    last: dict[int, int] = {}
-    same: dict[int, int] = {}  # as a view, and what it is a view of
-
-    def add(position: int, value: int) -> None:
-        value = same.get(value, value)
-        after, until = last.get(value, -1), position
-        if made_within:
-            until = min(until, made.get(value, -1))
-        last[value] = position
-        if after < until:
-            rows.append((position, sizes[value], after, until))
-
-    for position, (node, found) in enumerate(zip(graph.nodes, profiles)):
-        inputs = list(dict.fromkeys(node.inputs))
-        for value, of in zip(node.outputs, found.views):
-            if of is not None:
-                same[value] = same.get(inputs[of], inputs[of])
-        for value, keeps in zip(inputs, found.keeps_inputs):
-            if keeps:
-                add(position, value)
-        made.update((value, position) for value in node.outputs)
-        for value, keeps in zip(node.outputs, found.keeps_outputs):
-            if keeps:
-                add(position, value)
-        rows.append((position, found.keeps_bytes, -1, position))
-    return np.array(rows, int).reshape(-1, 4)
-
-
-def _inputs_read(
-    graph: Graph, profiles: Sequence[Profile], sizes: Sequence[int]
-) -> np.ndarray:
-    """Returns what backwards need of a stage's inputs to replay it.
-
-    Args:
-        graph: The model.
-        profiles: Of its nodes.
-        sizes: Of its values, in bytes.
-
-    Returns:
-        `[reads, 4]`, as of `_reads`. The node is the first that reads what
-        depends on the input: a stage that ends before it does not keep it.
-    """
-    never = len(graph.nodes)
-    first = [never] * len(graph.symbols)  # to read what depends on a value
-    uses: list[list[tuple[int, int]]] = [[] for _ in first]
-    made = [-1] * len(first)
-    for position in reversed(range(never)):
-        node, found = graph.nodes[position], profiles[position]
-        run = min((first[value] for value in node.outputs), default=never)
-        beside = any(found.keeps_outputs) or found.keeps_bytes or found.unsized
-        if found.replays and beside:
-            run = position
-        inputs = dict.fromkeys(node.inputs)
-        for value, keeps in zip(inputs, found.keeps_inputs):
-            use = position if keeps else run
-            first[value] = min(first[value], use)
-            uses[value].append((use, position))
-        for value in node.outputs:
-            made[value] = position
-    rows = []
-    for value, after in enumerate(made):
-        for use, position in sorted(uses[value]):
-            if use < never and after < position:
-                rows.append((use, sizes[value], after, position))
-            after = max(after, position)
-    return np.array(sorted(rows), int).reshape(-1, 4)
-
-
-def _by_last_node(table: np.ndarray, start: int, count: int) -> np.ndarray:
-    """Returns bytes `[nodes]` of stages from `start` to each node."""
-    at, sizes, after, until = table.T
-    counts = (after < start) & (start <= until)
-    return np.cumsum(np.bincount(at[counts], sizes[counts], count))
-
-
-def _by_first_node_of(
-    table: np.ndarray, count: int, stops: Sequence[int]
-) -> Iterator[np.ndarray]:
-    """Yields bytes `[nodes]` of stages from each node to a stop."""
-    at, sizes, after, until = table.T
-    changes = np.zeros(count + 1)  # from each node to the next
-    done = 0
-    for stop in stops:
-        rows = slice(done, int(np.searchsorted(at, stop, "right")))
-        np.add.at(changes, after[rows] + 1, sizes[rows])
-        np.subtract.at(changes, until[rows] + 1, sizes[rows])
-        done = rows.stop
-        yield np.cumsum(changes[:-1])
 
 
 def _by_first_node(variables: Iterable[Iterable[keras.Variable]]) -> np.ndarray:

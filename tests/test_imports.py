@@ -49,6 +49,7 @@ LADDER = [
     "keys",
     "profiles",
     "profiling",
+    "reads",
     "stashes",
     "homes",
     "memory",
