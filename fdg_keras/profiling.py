@@ -148,7 +148,7 @@ class _Piece:
         stage.cut(floating, "exact", wanted)
         self._stage, self._specs = stage, specs
         self._name, self._batch_size = node.name, batch_size
-        self._given = list(itertools.compress(sent, floating))
+        self._floating = floating
         kept = stage.kept(batch_size)
         replayed = stage.stash_bytes("replay", batch_size)
         #: What is known without measuring.
@@ -182,8 +182,12 @@ class _Piece:
                 *(tf.identity(v.value) for v in variables),
                 *map(_sample, self._specs),
             ]
-            *_, made = pair.forward(*arguments)
-            given = list(map(_sample, self._given))
+            outputs, *_, made = pair.forward(*arguments)
+            # How many rows there are may only be known by now.
+            given = [
+                _sample(tf.TensorSpec(t.shape, t.dtype))
+                for t in itertools.compress(outputs, self._floating)
+            ]
         loops = [_Loop(pair.forward, arguments)]
         if pair.backward is not None:
             kept = pair.stash(arguments, made)

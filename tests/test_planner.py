@@ -423,6 +423,16 @@ def test_rows_that_are_not_samples(tmp_path, kept):
     assert plan.step_s > 0
 
 
+def test_rows_that_nobody_knows_before_they_are_there():
+    inputs = keras.Input((8,))
+    h = layers.Lambda(
+        lambda x: tf.boolean_mask(x, x[:, 0] > 0), output_shape=(8,)
+    )(layers.Dense(8)(inputs))
+    model = _compiled(keras.Model(inputs, layers.Dense(2)(layers.Dense(8)(h))))
+    plan = fdg_keras.plan(model, 2, 8, ["CPU:0", "CPU:1"])
+    assert all(sum(stage.costs) > 0 for stage in plan.stages)
+
+
 class Twice(layers.Layer):
     """A layer of the user's own."""
 
