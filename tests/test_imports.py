@@ -57,6 +57,7 @@ LADDER = [
     "expectations",
     "advice",
     "rates",
+    "durations",
     "planner",
     "updates",
     "loops",

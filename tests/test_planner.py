@@ -15,7 +15,7 @@ import zoo
 from keras import layers
 
 import fdg_keras
-from fdg_keras import Plan, Trainer, expectations, keys, planner
+from fdg_keras import Plan, Trainer, durations, expectations, keys, planner
 from fdg_keras.advice import Measured, with_measured
 from fdg_keras.crossing import STASHES
 from fdg_keras.planning import choose_cuts
@@ -97,20 +97,20 @@ def test_the_cuts_are_the_best_of_all():
 
 def far_apart(monkeypatch, latency, for_a_byte):
     """Has all devices hand over as slowly as that."""
-    monkeypatch.setattr(planner, "_share_memory", lambda a, b: False)
+    monkeypatch.setattr(durations, "share_memory", lambda a, b: False)
     monkeypatch.setattr(
-        planner, "transfer_rate", lambda a, b: (latency, for_a_byte)
+        durations, "transfer_rate", lambda a, b: (latency, for_a_byte)
     )
 
 
 def test_only_a_cut_that_costs_is_paid_for(monkeypatch):
     """Of three stages the last two share memory; found by trying all cuts."""
     monkeypatch.setattr(
-        planner,
-        "_share_memory",
+        durations,
+        "share_memory",
         lambda a, b: a.endswith("0") == b.endswith("0"),
     )
-    monkeypatch.setattr(planner, "transfer_rate", lambda a, b: (0.0, 1e-6))
+    monkeypatch.setattr(durations, "transfer_rate", lambda a, b: (0.0, 1e-6))
     model = network(8)
     graph = trace_graph(model)
     plan = fdg_keras.plan(model, 3, 8, [f"CPU:{k}" for k in range(3)])
@@ -133,7 +133,9 @@ def test_only_a_cut_that_costs_is_paid_for(monkeypatch):
 
 
 def test_handing_over_is_paid_on_both_sides(monkeypatch, tmp_path):
-    monkeypatch.setattr(planner, "update_rate", lambda *_: UpdateRate(0.0, 1.0))
+    monkeypatch.setattr(
+        durations, "update_rate", lambda *_: UpdateRate(0.0, 1.0)
+    )
     model, devices = network(), [f"CPU:{k}" for k in range(3)]
     near = fdg_keras.plan(model, 3, 8, devices, cache_dir=tmp_path)
     # Not so long that the best would be to have little in the middle.
@@ -190,8 +192,8 @@ def with_a_slow_device(monkeypatch):
 
         free = UpdateRate(0.0, 1.0)
         monkeypatch.setattr(planner, "description", lambda name: name)
-        monkeypatch.setattr(planner, "Profiler", Pretended)
-        monkeypatch.setattr(planner, "update_rate", lambda *_: free)
+        monkeypatch.setattr(durations, "Profiler", Pretended)
+        monkeypatch.setattr(durations, "update_rate", lambda *_: free)
         alike = [layers.Dense(4) for _ in range(count)]
         model = _compiled(keras.Sequential([keras.Input((4,)), *alike]))
         plan = fdg_keras.plan(model, 2, 8, ["CPU:0", "CPU:1"])
@@ -227,7 +229,7 @@ def test_without_delay_stages_take_turns(tmp_path):
 
 @pytest.mark.parametrize("limit", [0, "1GB", [1.0], [1, 2, 3], True])
 def test_a_limit_is_checked_before_anything_is_measured(monkeypatch, limit):
-    monkeypatch.setattr(planner, "Profiler", None)
+    monkeypatch.setattr(durations, "Profiler", None)
     with pytest.raises(ValueError, match=r"`memory_limit` to be.*Received"):
         fdg_keras.plan(network(), 2, 8, ["CPU:0"] * 2, memory_limit=limit)
 
