@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from fdg_keras.placement import Relocation
 from fdg_keras.threads import uninterrupted
-from fdg_keras.watch import Watch
+from fdg_keras.watch import Watch, may_be_of_loss
 
 # Where a Keras model keeps what it has compiled.
 _FUNCTIONS = ("train_function", "test_function", "predict_function")
@@ -93,7 +93,7 @@ class Loan:
                 self._settle()
         if loss is None:
             return
-        if error is None or isinstance(error, tf.errors.OpError):
+        if error is None or may_be_of_loss(error):
             raise loss from error
         error.add_note(str(loss))
 

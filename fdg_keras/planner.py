@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
 
 from fdg_keras import durations
 from fdg_keras.crossing import Stash, StashBytes
@@ -25,6 +26,7 @@ from fdg_keras.slicing import Graph, cut_graph, trace_graph
 from fdg_keras.stashes import traced_stashes
 from fdg_keras.threads import warn
 from fdg_keras.validation import check_model, check_settings
+from fdg_keras.watch import Watch
 
 
 def plan(
@@ -86,21 +88,45 @@ def plan(
             stage does not fit in memory; then it names the stage, by how much
             it is too large, and what would fit, before anything is measured.
             Or a layer is too large to be measured at all; then it is named.
+        ConnectionError: If a worker is lost meanwhile.
     """
     splits, batch_size = _checked(splits, batch_size)
     check_settings(delay, stash, order="forward_first")
-    delay = int(delay)
     graph = trace_graph(model)
     _check_batch(graph, batch_size)
     ends = legal_ends(graph, splits)
     names = resolve_devices(devices, splits)
     check_limit(memory_limit, names)
-    optimizer = getattr(model, "optimizer", None)
-    if optimizer is not None:
+    if getattr(model, "optimizer", None) is not None:
         check_model(model)
+    settings = (batch_size, model.jit_compile is True, measure, cache_dir)
+    with Watch(names):  # Workers may be lost while they measure.
+        return _plan(
+            graph,
+            getattr(model, "optimizer", None),
+            ends,
+            names,
+            int(delay),
+            stash,
+            memory_limit,
+            settings,
+        )
+
+
+def _plan(
+    graph: Graph,
+    optimizer: keras.optimizers.Optimizer | None,
+    ends: np.ndarray,
+    names: Sequence[str],
+    delay: int,
+    stash: Stash,
+    memory_limit: Any,
+    settings: tuple,
+) -> Plan:
+    """Makes a plan of what has been checked; `settings` as of `Kind`."""
+    batch_size, _, measure, _ = settings
 
     # ---- The best cuts that fit, as far as is known without running ------
-    settings = (batch_size, model.jit_compile is True, measure, cache_dir)
     kinds: dict[str, durations.Kind] = {}
     for name in names:
         if description(name) not in kinds:
@@ -119,8 +145,8 @@ def plan(
         first.slots,
     )
     home = Home(graph, names, ledger.resting)
-    room = Room(ledger, ends, splits, memory_limit, names, home)
-    cuts = balance(ends, *estimates(graph, splits), room.excess)
+    room = Room(ledger, ends, len(names), memory_limit, names, home)
+    cuts = balance(ends, *estimates(graph, len(names)), room.excess)
     if cuts is None:
         raise ValueError(room.refusal())
 

@@ -85,8 +85,13 @@ def _let_go() -> None:
     """Keeps the end of the process from waiting for lost workers.
 
     TensorFlow tells them of every function that ends, one after the other,
-    with Python's lock held.
+    with Python's lock held. One may have been lost since it was last asked.
     """
+    for task in connection.tasks:
+        if task not in connection.lost:
+            reason = sockets.unanswered(task.end, ANSWER_S)
+            if reason is not None:
+                connection.lost[task] = str(reason)
     if connection.lost:
         sockets.cut_off_for_good([task.end for task in connection.lost])
 

@@ -68,8 +68,7 @@ class Watch:
         if self._depth:
             return
         with self._vigil:
-            is_told = isinstance(error, tf.errors.OpError)
-            loss = self.find_loss() if is_told else None
+            loss = self.find_loss() if may_be_of_loss(error) else None
         if loss is not None:
             raise loss from error
 
@@ -144,6 +143,15 @@ class Watch:
             if _is_on(device, task)
         ]
         return f"stage {', '.join(stages)}" if stages else "no stage"
+
+
+def may_be_of_loss(error: BaseException | None) -> bool:
+    """Whether a call to a worker that is lost fails like that."""
+    # Ctrl-C just when TensorFlow makes a Python error of its own: a mixture.
+    mixed = isinstance(error, RuntimeError) and "error_already_set" in str(
+        error
+    )
+    return mixed or isinstance(error, tf.errors.OpError)
 
 
 def _is_on(device: str, task: Task) -> bool:

@@ -67,10 +67,26 @@ def test_a_case_of_the_simulation():
         assert "mlp (3)" in script._row(case)
 
 
+def test_a_peak_is_of_stages_that_are_busy(memory, monkeypatch):
+    """Here the allocator does not count; it tells what has been run."""
+    runs = []
+    run = memory.Stages.run
+    monkeypatch.setattr(
+        memory.Stages, "run", lambda self, n: [runs.append(n), run(self, n)]
+    )
+    counted = memory.tf.config.experimental
+    monkeypatch.setattr(counted, "reset_memory_stats", runs.append)
+    monkeypatch.setattr(
+        counted, "get_memory_info", lambda device: {"peak": [*runs]}
+    )
+    found = memory.peak("transformer", 4, 2, 2, "exact", 3)
+    assert found == [3, "CPU:0", 3]
+
+
 @pytest.mark.parametrize("stash", STASHES)
 def test_bytes_are_as_predicted(memory, stash):
     case = memory.measure("transformer", 4, 3, 2, stash, steps=2, rounds=1)
-    assert stash in memory._row(case)
+    assert stash in memory._row(case | {"peak_bytes": 1})
     for stage in case["stages"][:-1]:
         # Constants that are the same share memory, small as they are.
         assert stage["predicted_bytes"] == pytest.approx(

@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 
 import fdg_keras
-from fdg_keras import cluster, sockets
+from fdg_keras import cluster, sockets, vigil, watch
 
 
 @pytest.fixture(autouse=True)
@@ -94,6 +94,28 @@ def test_connecting_again_asks_the_workers(monkeypatch):
     monkeypatch.setattr(cluster, "_check_unconnected", lambda addresses: True)
     with pytest.raises(ConnectionError, match=r"Task 0 .* does not answer"):
         connect(["127.0.0.1:1"])
+
+
+@pytest.mark.parametrize("reason", [None, TimeoutError("timed out")])
+def test_the_end_does_not_wait_for_a_worker_that_is_gone(monkeypatch, reason):
+    """It may have frozen since it was last asked."""
+    task = vigil.Task(0, "127.0.0.1:1", sockets.resolve("127.0.0.1:1")[0])
+    there = vigil.Connection()
+    there.tasks = [task]
+    cut = []
+    monkeypatch.setattr(vigil, "connection", there)
+    monkeypatch.setattr(sockets, "unanswered", lambda end, seconds: reason)
+    monkeypatch.setattr(sockets, "cut_off_for_good", cut.extend)
+    vigil._let_go()
+    assert cut == ([task.end] if reason else [])
+
+
+def test_a_mixture_of_errors_may_be_of_a_lost_worker():
+    text = "pybind11::error_already_set: ORIGINAL x REPLACED BY y"
+    assert watch.may_be_of_loss(RuntimeError(text))
+    assert watch.may_be_of_loss(tf.errors.UnavailableError(None, None, ""))
+    assert not watch.may_be_of_loss(RuntimeError("another"))
+    assert not watch.may_be_of_loss(None)
 
 
 def test_another_cluster(monkeypatch):

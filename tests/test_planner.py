@@ -1,5 +1,6 @@
 """Plans that are measured: what they say, and that training follows them."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -1098,6 +1099,26 @@ def test_memory_limits_that_cannot_be_met():
         ValueError, match=r"stage \d of 2 needs .* What would fit: .*replay"
     ):
         fdg_keras.plan(network(), 2, 64, measure=False, memory_limit=2**20)
+
+
+def test_workers_are_looked_after_while_they_measure(monkeypatch):
+    """One that is lost meanwhile does not hold up the plan for ever."""
+    inside = []
+
+    class Watching(contextlib.ExitStack):
+        def __init__(self, devices):
+            super().__init__()
+            inside.append([name[-5:] for name in devices])
+            self.callback(inside.clear)
+
+    run = fdg_keras.profiling._Piece.run
+    monkeypatch.setattr(planner, "Watch", Watching)
+    monkeypatch.setattr(
+        "fdg_keras.profiling._Piece.run",
+        lambda self: run(self) if inside == [["CPU:0"] * 2] else 1 / 0,
+    )
+    fdg_keras.plan(network(), 2, 8, ["CPU:0"] * 2)
+    assert inside == []
 
 
 def test_what_does_not_fit_is_not_measured(monkeypatch):
