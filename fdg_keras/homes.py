@@ -67,12 +67,14 @@ class Home:
         return found
 
     def at_most(
-        self, k: int, starts: np.ndarray, stop: int
+        self, splits: int, k: int, starts: np.ndarray, stop: int
     ) -> np.ndarray | float:
         """Returns what waits beside stage k, whatever the others are.
 
         Args:
-            k: The stage; those that have no device yet have nothing.
+            splits: Number of stages. Those beyond the devices that are known
+                are elsewhere.
+            k: The stage.
             starts: Nodes at which it may begin.
             stop: The node after its last.
         """
@@ -84,6 +86,6 @@ class Home:
         done = self._done[device]
         if not self._trained_here:
             return float(done[-1])
-        if set(self._devices) == {device}:
+        if self._devices == [device] * splits:
             return 0.0
         return done[-1] - (done[stop] - done[starts])

@@ -84,11 +84,13 @@ class Ledger:
                 for size, need, symbol in zip(sizes, needed, graph.symbols)
             ],
         )
-        # While its backward runs, a node's values have gradients beside them.
+        # While its backward runs, a node's values have gradients beside them,
+        # those within it (attention's scores, say) too.
         self._running = np.array(
             [
                 2.0 * sum(sizes[v] for v in (*node.inputs, *node.outputs))
-                for node in graph.nodes
+                + found.keeps_bytes
+                for node, found in zip(graph.nodes, profiles)
             ]
         )
 

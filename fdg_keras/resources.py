@@ -78,7 +78,8 @@ class StageBytes:
         state: All other variables.
         links: What fits in the two links that it reads.
         returned: A batch's gradients over the cut after it.
-        running: Inputs, outputs and their gradients of the largest layer.
+        running: Inputs, outputs and gradients of the largest layer, with those
+            of what its backward reads besides.
         home: Weights, slots and other variables of stages on other devices,
             which wait here, where the model came from, to be brought home.
     """

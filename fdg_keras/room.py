@@ -183,7 +183,9 @@ class Room:
             found = there[:j] + late * each[:j] - limits[k]
             if self._home is not None:
                 stop = int(self._ends[j - 1]) + 1
-                found += self._home.at_most(k, self._starts[:j], stop)
+                found += self._home.at_most(
+                    len(limits), k, self._starts[:j], stop
+                )
             return found
 
         return excess
@@ -215,7 +217,7 @@ def _limits(limit: Any, stages_of: Sequence[int]) -> list[float]:
         limit: As of `Room`.
         stages_of: How many stages the device of each stage has.
     """
-    each = isinstance(limit, (list, tuple, np.ndarray))
+    each = isinstance(limit, (list, tuple)) or np.ndim(limit) == 1
     found = list(limit) if each else [limit] * len(stages_of)
     if len(found) != len(stages_of) or not all(map(_is_limit, found)):
         raise ValueError(
@@ -231,7 +233,7 @@ def _limits(limit: Any, stages_of: Sequence[int]) -> list[float]:
 
 def _is_limit(value: Any) -> bool:
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return real and value > 0
+    return real and (0 < value < 2**63 or value == math.inf)
 
 
 def _size(count: float) -> str:

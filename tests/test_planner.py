@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import re
 import warnings
 
 import keras
@@ -228,7 +229,9 @@ def test_without_delay_stages_take_turns(tmp_path):
     assert locked.speed_up < 1
 
 
-@pytest.mark.parametrize("limit", [0, "1GB", [1.0], [1, 2, 3], True])
+@pytest.mark.parametrize(
+    "limit", [0, "1GB", [1.0], [1, 2, 3], True, np.zeros(()), 10**400]
+)
 def test_a_limit_is_checked_before_anything_is_measured(monkeypatch, limit):
     monkeypatch.setattr(durations, "Profiler", None)
     with pytest.raises(ValueError, match=r"`memory_limit` to be.*Received"):
@@ -1177,6 +1180,26 @@ def test_a_model_that_is_not_compiled_has_a_note():
 def test_bad_input(wrong):
     with pytest.raises(ValueError, match="Received"):
         fdg_keras.plan(network(), **wrong)
+
+
+def test_a_stage_more_leaves_the_model_at_home():
+    """What one stage trained in place waits there for the other one."""
+    wide = [layers.Dense(256) for _ in range(8)]
+    model = _compiled(keras.Sequential([keras.Input((256,)), *wide]))
+
+    def plan(splits, limit=None):
+        devices = [f"CPU:{k}" for k in range(splits)]
+        return fdg_keras.plan(
+            model, splits, 8, devices, measure=False, memory_limit=limit
+        )
+
+    limit = int(0.6 * plan(1).stages[0].peak_bytes)
+    with pytest.raises(ValueError, match="What would fit") as refused:
+        plan(1, limit)
+    said = re.search(r"splits=(\d+)", str(refused.value))
+    plan(int(said[1]), limit)  # fits
+    with pytest.raises(ValueError, match="of 2 needs"):
+        plan(2, limit)
 
 
 def test_numpy_numbers_become_json():
