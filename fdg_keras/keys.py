@@ -5,8 +5,10 @@ same shapes, and the same device. Names and seeds aside: these make layers
 different that are not.
 """
 
+import dataclasses
 import functools
 import hashlib
+import numbers
 import os
 import pathlib
 import platform
@@ -15,6 +17,7 @@ from importlib import metadata
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from fdg_keras import _keras
@@ -160,7 +163,7 @@ def _attributes(node: Node) -> list[list[tuple[str, str]]]:
     left_out = (*_NEIGHBOURS, *_OWN_ATTRIBUTES)
     return [
         sorted(
-            (name, repr(value))
+            (name, _repr(value))
             for name, value in vars(part).items()
             if name not in left_out and _is_plain(value)
         )
@@ -169,9 +172,32 @@ def _attributes(node: Node) -> list[list[tuple[str, str]]]:
 
 
 def _is_plain(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
+    """Whether a value is data, and made of nothing but data."""
+    if isinstance(value, (list, tuple, set, frozenset)):
         return all(map(_is_plain, value))
-    return isinstance(value, (bool, int, float, str))
+    if isinstance(value, dict):
+        return _is_plain([*value.keys(), *value.values()])
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _is_plain(_fields(value))
+    plain = (numbers.Number, str, bytes, range, np.ndarray, np.generic)
+    return isinstance(value, plain)
+
+
+def _repr(value: Any) -> str:
+    """Returns a text that differs for plain values that differ."""
+    if isinstance(value, np.ndarray):  # of which `repr` shows a part
+        return repr((value.shape, value.dtype, value.tobytes()))
+    if isinstance(value, dict):
+        return repr([(_repr(k), _repr(v)) for k, v in value.items()])
+    if isinstance(value, (list, tuple)):
+        return repr(list(map(_repr, value)))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _repr(_fields(value))
+    return repr(value)
+
+
+def _fields(value: Any) -> list[Any]:
+    return [getattr(value, one.name) for one in dataclasses.fields(value)]
 
 
 def _foreign(node: Node) -> Iterator[Any]:

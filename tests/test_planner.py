@@ -545,6 +545,32 @@ def test_what_a_configuration_leaves_out_is_told_apart(pieces):
     assert pieces[1:] == [made[k].name for k in (0, 1, 4, 5)]
 
 
+@dataclasses.dataclass
+class Times:
+    count: int
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        lambda n: {"n": n},
+        lambda n: {n},
+        lambda n: np.int64(n),
+        lambda n: np.arange(2000) + n * (np.arange(2000) == 1000),
+        lambda n: range(n),
+        Times,
+        lambda n: [{"n": (Times(n),)}],
+    ],
+)
+def test_whatever_data_a_layer_keeps_tells_it_apart(pieces, kept):
+    made = [Repeats(1) for _ in range(3)]
+    for layer, n in zip(made, (1, 60, 1)):
+        layer.kept = kept(n)
+    model = keras.Sequential([keras.Input((8,)), layers.Dense(8), *made])
+    Profiler(trace_graph(model), 8, DEVICE).untimed()
+    assert pieces[1:] == [made[0].name, made[1].name]
+
+
 def test_a_cache_never_fails(tmp_path):
     found = Profile(
         *(1.0, 2.0, 3.0, (True, False), (False,), (True,), 12, (0,), 1),
