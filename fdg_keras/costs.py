@@ -5,7 +5,6 @@ Costs are for one sample: operations of a forward, elements of a tensor.
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import keras
 import numpy as np
@@ -25,8 +24,8 @@ def node_cost(graph: Graph, node: Node) -> float:
     output (for a convolution, its pixels; for a recurrent layer, its steps),
     plus a share for each element that is read or written.
     """
-    made = sum(elements(graph.symbols[v]) for v in node.outputs)
-    read = sum(elements(graph.symbols[v]) for v in node.inputs)
+    made = sum(elements(graph, v) for v in node.outputs)
+    read = sum(elements(graph, v) for v in node.inputs)
     moved = _OPERATIONS_PER_ELEMENT * (made + read)
     if isinstance(node.operation, keras.layers.Embedding):
         return moved
@@ -39,7 +38,7 @@ def node_cost(graph: Graph, node: Node) -> float:
 
 def cut_costs(graph: Graph) -> np.ndarray:
     """Estimates what a cut after each node costs the stage on either side."""
-    sizes = [elements(symbol) for symbol in graph.symbols]
+    sizes = [elements(graph, value) for value in range(len(graph.symbols))]
     return _OPERATIONS_PER_ELEMENT * crossing(graph, sizes)
 
 
@@ -54,17 +53,22 @@ def _positions(graph: Graph, node: Node) -> int:
     shapes = [graph.symbols[value].shape for value in values]
     return max(
         (
-            math.prod(d or 1 for d in shape[1:]) // (shape[channels_at] or 1)
-            for shape in shapes
+            elements(graph, value) // (shape[channels_at] or 1)
+            for value, shape in zip(values, shapes)
             if len(shape) > 1
         ),
         default=1,
     )
 
 
-def elements(symbol: Any) -> int:
-    """Returns the elements of a tensor for one sample; unknown sizes are 1."""
-    return math.prod(d or 1 for d in symbol.shape[1:])
+def elements(graph: Graph, value: int) -> int:
+    """Returns the elements of a value for one sample; unknown sizes are 1.
+
+    A sample may have several rows, where a reshape has put other dimensions
+    into that of the batch (windows, patches).
+    """
+    shape = graph.symbols[value].shape[1:]
+    return round(graph.rows[value] * math.prod(d or 1 for d in shape))
 
 
 def crossing(graph: Graph, sizes: Sequence[int]) -> np.ndarray:

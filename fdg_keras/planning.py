@@ -60,7 +60,7 @@ def make_plan(
                 layers=tuple(node.name for node in part.nodes),
                 parameters=sum(math.prod(v.shape) for v in variables),
                 operations=sum(costs),
-                sends=sum(elements(graph.symbols[v]) for v in part.sends),
+                sends=sum(elements(graph, v) for v in part.sends),
                 costs=costs,
             )
         )

@@ -12,7 +12,9 @@ keeps skips, shared layers, masks and several inputs exact and leaves the
 user's model untouched.
 """
 
+import functools
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -104,6 +106,27 @@ class Graph:
     def open_symbols(self) -> list[Any]:
         """Returns the symbols of which more than the batch size is open."""
         return [s for s in self.symbols if s.shape and None in s.shape[1:]]
+
+    @functools.cached_property
+    def rows(self) -> list[float]:
+        """How many rows, along the axis of the batch, a sample has in a value.
+
+        One, but where a reshape has put other dimensions there (windows,
+        patches): it leaves the number of elements as it was.
+        """
+        found = [1.0] * len(self.symbols)
+        for node in self.nodes:
+            rows = max((found[v] for v in node.inputs), default=1.0)
+            for value in node.outputs:
+                found[value] = rows
+            if type(node.operation).__name__ == "Reshape" and node.inputs:
+                (given,), (made,) = node.inputs[:1], node.outputs
+                sizes = [
+                    math.prod(d or 1 for d in self.symbols[v].shape[1:])
+                    for v in (given, made)
+                ]
+                found[made] = found[given] * sizes[0] / max(sizes[1], 1)
+        return found
 
     def forbidden_cuts(self) -> dict[int, str]:
         """Returns the cuts that would share a variable between stages.

@@ -51,6 +51,24 @@ def slowest(graph, cuts):
     return max(found)
 
 
+def test_rows_of_a_sample_count():
+    """Layers cost the same, whichever axis their rows are in."""
+    inputs = keras.Input((16, 32))
+    apart = layers.Dense(8)(layers.Dense(32)(inputs))
+    h = keras.ops.reshape(inputs, (-1, 32))
+    h = layers.Dense(8)(layers.Dense(32)(h))
+    folded = keras.ops.reshape(h, (-1, 16, 8))
+    plain, other = (
+        trace_graph(keras.Model(inputs, outputs)) for outputs in (apart, folded)
+    )
+    assert other.rows == [1, 16, 16, 16, 1]
+    assert [node_cost(other, n) for n in other.nodes[1:3]] == [
+        node_cost(plain, n) for n in plain.nodes
+    ]
+    parts = cut_graph(other, [1])
+    assert make_plan(other, parts, ["", ""]).stages[0].sends == 16 * 32
+
+
 # -- Balance ------------------------------------------------------------------
 
 
