@@ -107,6 +107,7 @@ class Relocation:
         home, away = map(_keras.get_storage, (variable, other))
         if self._lives_on(home, away.device):
             with uninterrupted():
+                # The model's own last: the storage stands for that one.
                 for each in (other, variable):
                     _keras.set_storage(each, home)
         else:

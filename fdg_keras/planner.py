@@ -72,9 +72,10 @@ def plan(
             are cheap; not, say, of the activation of a dense layer.
         measure: Whether to measure. If not, cuts balance operation counts, as
             those of `Trainer(splits=K)` do, and no times are known.
-        memory_limit: Bytes that a device may hold. Stages that share a device
-            get equal parts of them. Or a list with a number for each stage.
-            Default: no limit.
+        memory_limit: Bytes that a device may hold, with what waits there of a
+            model that was made on it and is trained elsewhere. Stages that
+            share a device get equal parts of them. Or a list with a number for
+            each stage. Default: no limit.
         cache_dir: Where measurements are kept. Default: the folder that the
             environment's `FDG_KERAS_CACHE` names, or else `fdg_keras` in the
             user's folder for caches.

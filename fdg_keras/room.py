@@ -147,14 +147,16 @@ class Room:
 
     def _nothing(self) -> str:
         """Says what was tried."""
-        tried = ['stash="replay"']
+        tried = []
+        if self._ledger.stash != "replay":
+            tried.append('stash="replay"')
         if factors := self._factors(self._ledger):
             tried.append(
                 f"batch_size down to {self._ledger.batch_size // factors[-1]}"
             )
         if more := self._splits(len(self._stages_of)):
             tried.append(f"splits up to {more[-1]}")
-        return f"nothing that was tried, {', '.join(tried)}"
+        return f"nothing that was tried ({', '.join(tried) or 'there is none'})"
 
     def _smallest(
         self, ledger: Ledger, limits: Sequence[float]
