@@ -24,7 +24,8 @@ from fdg_keras.corrections import (
     WeightPrediction,
 )
 from fdg_keras.planner import plan
-from fdg_keras.plans import Plan, StagePlan
+from fdg_keras.plans import Plan
+from fdg_keras.stage_plans import StagePlan
 from fdg_keras.trainer import Trainer, fit
 from fdg_keras.transforms import GradientShrinking, GradientTransformer
 

@@ -80,13 +80,32 @@ def crossing(graph: Graph, sizes: Sequence[int]) -> np.ndarray:
         graph: The model.
         sizes: Of each value.
     """
+    found = np.zeros(len(graph.nodes))
+    for value, (made, used) in _lifetimes(graph).items():
+        found[made:used] += sizes[value]
+    return found
+
+
+def passing(graph: Graph, sizes: Sequence[int]) -> np.ndarray:
+    """Returns for each node the sum of what is made before and used after it.
+
+    Arguments as of `crossing`.
+    """
+    found = np.zeros(len(graph.nodes))
+    for value, (made, used) in _lifetimes(graph).items():
+        found[made + 1 : used] += sizes[value]
+    return found
+
+
+def _lifetimes(graph: Graph) -> dict[int, tuple[int, int]]:
+    """Returns who makes a value, and who uses it last, by position."""
     end = len(graph.nodes) - 1
     last_use: dict[int, int] = {}
     for position, node in enumerate(graph.nodes):
         last_use.update((value, position) for value in node.inputs)
     last_use.update((value, end) for value in graph.outputs)
-    found = np.zeros(len(graph.nodes))
-    for position, node in enumerate(graph.nodes):
-        for value in node.outputs:
-            found[position : last_use.get(value, position)] += sizes[value]
-    return found
+    return {
+        value: (position, last_use.get(value, position))
+        for position, node in enumerate(graph.nodes)
+        for value in node.outputs
+    }

@@ -23,6 +23,7 @@ from typing import Any, Literal
 import tensorflow as tf
 
 from fdg_keras import recompute
+from fdg_keras.liveness import most_alive
 from fdg_keras.subgraphs import ancestors, tensor_bytes
 
 Stash = Literal["exact", "selective", "current", "replay"]
@@ -75,8 +76,9 @@ class Crossing:
         weights: Arguments to differentiate by.
         state: Arguments that stand for other variables.
         inputs: The other arguments, `[B, ...]`.
-        fetches: What the backward computes, nested.
+        fetches: What the backward computes: gradients by weights, and others.
         constant: Names of weights and state that training does not change.
+        given: What the backward is given beside the stash.
 
     Attributes:
         forward: As given, and the operations that tell the backward the shape
@@ -90,12 +92,17 @@ class Crossing:
         weights: Sequence[tf.Tensor],
         state: Sequence[tf.Tensor],
         inputs: Sequence[tf.Tensor],
-        fetches: Any,
+        fetches: Sequence[Sequence[Any]],
         constant: Collection[str],
+        given: Sequence[tf.Tensor],
     ):
         self._graph = graph
         self._weights, self._state, self._inputs = weights, state, inputs
-        self._fetches = tf.nest.flatten(fetches, expand_composites=True)
+        self._by_weights, others = (
+            tf.nest.flatten(found, expand_composites=True) for found in fetches
+        )
+        self._fetches = [*self._by_weights, *others]
+        self._given = given
         self._constant = constant
         self.forward = {*forward, *self._shapes(forward)}
 
@@ -213,6 +220,24 @@ class Crossing:
             recompute.moved(op, sizes) < math.inf
             for op in self._varying()
             if op.name not in given
+        )
+
+    def running_bytes(self, batch_size: int) -> int:
+        """Returns what the backward has at once.
+
+        Beside what `"exact"` keeps, and gradients by weights.
+        """
+        arguments = [*self._weights, *self._state, *self._inputs]
+        sizes = tensor_bytes(
+            self._graph,
+            [*arguments, *self._given],
+            [t.op for t in self._fetches],
+            batch_size,
+        )
+        before = {t.name for t in (*arguments, *self.kept("exact"))}
+        by_weights = {recompute.owner(t).name for t in self._by_weights}
+        return most_alive(
+            self._fetches, self._given, before, sizes, by_weights, self.forward
         )
 
     def owners(self, stash: Stash, batch_size: int) -> dict[str, int | None]:

@@ -13,18 +13,18 @@ from fdg_keras.delays import stage_delay
 from fdg_keras.expectations import TICK_S
 from fdg_keras.memory import Ledger
 from fdg_keras.placement import host_of
-from fdg_keras.plans import StagePlan
-from fdg_keras.profiling import Profiler, size_of
+from fdg_keras.profiling import Profiler
 from fdg_keras.rates import UpdateRate, transfer_rate, update_rate
 from fdg_keras.slicing import Graph
+from fdg_keras.stage_plans import StagePlan
 
 
 class Kind:
     """What is found of devices that are alike, by one of them.
 
     Attributes:
-        profiles: Of the model's nodes, without times until `measure` is called.
-        sizes: Of the model's values, in bytes.
+        profiler: Of the model's nodes.
+        profiles: What it has found, without times until `measure` is called.
         update: Of the optimizer, if there is one.
     """
 
@@ -38,18 +38,17 @@ class Kind:
         measure: bool,
         cache_dir: str | os.PathLike | None,
     ):
-        self._profiler = Profiler(
+        self.profiler = Profiler(
             graph, batch_size, device, jit_compile, cache_dir
         )
-        self.profiles = self._profiler.untimed()
-        self.sizes = list(map(size_of, self._profiler.specs))
+        self.profiles = self.profiler.untimed()
         self.update: UpdateRate | None = None
         if optimizer is not None:
             self.update = update_rate(optimizer, device, measure)
 
     def measure(self) -> None:
         """Adds times to the profiles."""
-        self.profiles = self._profiler.timed()
+        self.profiles = self.profiler.timed()
 
     @property
     def slots(self) -> float:

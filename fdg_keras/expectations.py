@@ -4,11 +4,11 @@ import dataclasses
 import math
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from fdg_keras.plans import Plan
-from fdg_keras.slicing import Graph
 from fdg_keras.threads import warn
 
 #: Seconds of a tick beyond what its layers compute: links and loop. About what
@@ -20,12 +20,12 @@ _PAYS = 1.1
 
 
 def assumptions(
-    graph: Graph, uncounted: Sequence[int], compiled: bool
+    open_: Sequence[Any], uncounted: Sequence[int], compiled: bool
 ) -> tuple[str, ...]:
     """Returns what a reader should know of what is not known.
 
     Args:
-        graph: The model.
+        open_: Symbols of the model that leave sizes open, beyond the batch's.
         uncounted: Stages of which not all bytes are counted.
         compiled: Whether the model has an optimizer.
     """
@@ -35,7 +35,6 @@ def assumptions(
             "The model is not compiled, so an optimizer's updates and slots "
             "are not counted: compile it before you plan."
         )
-    open_ = graph.open_symbols()
     if open_:
         note = (
             "Sizes that the model leaves open were taken for 1, of "

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -46,46 +47,33 @@ class Home:
     def beside(self, edges: Sequence[int]) -> list[int]:
         """Returns what waits on the device of each stage.
 
-        Where several are on a device, it counts for the first of them.
+        Where several are on a device, each has an equal part of it.
 
         Args:
             edges: The first node of each stage, and the number of nodes.
         """
-        found = []
-        for k, device in enumerate(self._devices):
-            done = self._done[device]
-            waits = done[-1] * (device not in self._devices[:k])
-            if waits and self._trained_here:
-                waits -= sum(
-                    done[b] - done[a]
-                    for other, (a, b) in zip(
-                        self._devices, itertools.pairwise(edges)
-                    )
-                    if other == device
-                )
-            found.append(int(waits))
-        return found
+        waits = dict.fromkeys(self._devices, 0.0)
+        for k, (a, b) in enumerate(itertools.pairwise(edges)):
+            waits[self._devices[k]] += float(self.charge(k, a, b))
+        return [
+            int(waits[device] / self._devices.count(device))
+            for device in self._devices
+        ]
 
-    def at_most(
-        self, splits: int, k: int, starts: np.ndarray, stop: int
-    ) -> np.ndarray | float:
-        """Returns what waits beside stage k, whatever the others are.
+    def charge(self, k: int, start: Any, stop: int) -> Any:
+        """Returns the bytes by which stage k adds to what waits on its device.
+
+        Those of all stages of a device together are what waits there. It can be
+        less than nothing: what a stage trains in place does not wait.
 
         Args:
-            splits: Number of stages. Those beyond the devices that are known
-                are elsewhere.
-            k: The stage.
-            starts: Nodes at which it may begin.
+            k: The stage. Those beyond the devices that are known are elsewhere.
+            start: Its first node, or an array of such.
             stop: The node after its last.
         """
         if k >= len(self._devices):
             return 0.0
         device = self._devices[k]
-        if device in self._devices[:k]:
-            return 0.0
         done = self._done[device]
-        if not self._trained_here:
-            return float(done[-1])
-        if self._devices == [device] * splits:
-            return 0.0
-        return done[-1] - (done[stop] - done[starts])
+        part = done[-1] / self._devices.count(device)
+        return part - self._trained_here * (done[stop] - done[start])

@@ -8,7 +8,7 @@ Knows nothing of Keras or of threads.
 """
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import tensorflow as tf
@@ -21,7 +21,14 @@ from fdg_keras.crossing import (
     StashBytes,
     kept_by,
 )
-from fdg_keras.subgraphs import ancestors, extract, read_beside_arguments
+from fdg_keras.cuts import Cut
+from fdg_keras.liveness import most_alive
+from fdg_keras.subgraphs import (
+    ancestors,
+    extract,
+    read_beside_arguments,
+    tensor_bytes,
+)
 
 
 @dataclass
@@ -173,6 +180,7 @@ class Linearized:
             inputs,
             fetches,
             self._constant(by_weights),
+            given,
         )
         kept = crossing.kept(stash)
         if any(t.dtype == tf.variant for t in kept):
@@ -209,6 +217,24 @@ class Linearized:
         if self._crossing is None:
             return StashBytes(0, 0)
         return self._crossing.stash_bytes(stash, batch_size)
+
+    def running_bytes(self, batch_size: int) -> int:
+        """Returns what a backward has at once, after `cut`.
+
+        Beside what `stash="exact"` keeps, weights, and gradients by them. If
+        there is no backward, what the forward has, beside weights and state.
+        """
+        if self._crossing is not None:
+            return self._crossing.running_bytes(batch_size)
+        weights, state, inputs = self._arguments
+        result = self._result
+        fetches = [*result.outputs, *result.own_losses, *result.new_state]
+        arguments = [*weights, *state, *inputs]
+        sizes = tensor_bytes(
+            self._wrapped.graph, arguments, [t.op for t in fetches], batch_size
+        )
+        before = {t.name for t in (*weights, *state)}
+        return most_alive(fetches, inputs, before, sizes, uncounted=())
 
     def kept(self, batch_size: int) -> Kept:
         """Returns what `stash="exact"` keeps, after `cut`, and where it is."""
@@ -285,50 +311,6 @@ class Linearized:
             for t, ask in zip(inputs, wanted)
         ]
         return given, gradients[: len(weights)], by_inputs
-
-
-@dataclass
-class Cut:
-    """A forward and a backward, as functions of tensors.
-
-    Attributes:
-        forward: `(*weights, *state, *inputs) -> outputs, own_loss, new_state,
-            made`: lists; `own_loss` holds the sum of the own losses or
-            nothing, `new_state` only the state that changes.
-        changed_state: Which state that is.
-        backward: `(*output_gradients, *stash, *weights if needs_weights) ->
-            weight_gradients, input_gradients`, those that exist. The gradient
-            by a weight may be a `tf.IndexedSlices`. `None` if there is none.
-        stash_specs: What the stash of one batch holds.
-        stash_arguments: For each stashed tensor the position among `(*weights,
-            *state, *inputs)` if it is an argument, or `None` if it is the
-            next one of `made`.
-        needs_weights: Whether the backward is fed today's weights.
-        calls_back: Whether the backward differentiates a `tf.py_function`,
-            which keeps in Python what its last forward was.
-        weight_has_gradient: For each weight.
-        input_has_gradient: For each input.
-    """
-
-    forward: Callable[..., Any]
-    changed_state: list[int]
-    backward: Callable[..., Any] | None = None
-    stash_specs: list[tf.TensorSpec] = field(default_factory=list)
-    stash_arguments: list[int | None] = field(default_factory=list)
-    needs_weights: bool = False
-    calls_back: bool = False
-    weight_has_gradient: list[bool] = field(default_factory=list)
-    input_has_gradient: list[bool] = field(default_factory=list)
-
-    def stash(
-        self, arguments: Sequence[tf.Tensor], made: Sequence[tf.Tensor]
-    ) -> list[tf.Tensor]:
-        """Returns a batch's stash, from what its forward got and made."""
-        rest = iter(made)
-        return [
-            next(rest) if position is None else arguments[position]
-            for position in self.stash_arguments
-        ]
 
 
 def is_float(tensor: Any) -> bool:

@@ -1,6 +1,5 @@
 """The bytes that stages hold, for any cut, from profiles of single nodes."""
 
-import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -9,13 +8,12 @@ import numpy as np
 import tensorflow as tf
 
 from fdg_keras import delays
-from fdg_keras.costs import crossing
+from fdg_keras.costs import crossing, passing
 from fdg_keras.crossing import OF_THE_FORWARD, Stash
-from fdg_keras.profiles import Profile
-from fdg_keras.profiling import needs_gradient, size_of
+from fdg_keras.profiling import Profiler, needs_gradient
 from fdg_keras.reads import by_first_node_of, by_last_node, inputs_read, reads
 from fdg_keras.resources import StageBytes
-from fdg_keras.slicing import Graph
+from fdg_keras.specs import size_of
 
 
 class Ledger:
@@ -29,10 +27,7 @@ class Ledger:
     nodes: it is counted as `"exact"`, which is more.
 
     Args:
-        graph: The model.
-        profiles: Of its nodes.
-        sizes: Of its values, in bytes.
-        batch_size: Samples in a batch.
+        profiler: Of the model's nodes, for a batch.
         delay: Batches of delay per hop.
         stash: The stash mode.
         slots: Bytes of the optimizer's slots for a byte of trainable weights.
@@ -40,17 +35,15 @@ class Ledger:
 
     def __init__(
         self,
-        graph: Graph,
-        profiles: Sequence[Profile],
-        sizes: Sequence[int],
-        batch_size: int,
+        profiler: Profiler,
         delay: int,
         stash: Stash,
         slots: float,
     ):
-        self._graph, self._profiles, self._sizes = graph, profiles, sizes
-        self._batch_size, self._delay = batch_size, delay
+        self._profiler, self._delay = profiler, delay
         self._stash, self._slots = stash, slots
+        graph, profiles = profiler.graph, profiler.untimed()
+        self._profiles, sizes = profiles, profiler.sizes
         needed = needs_gradient(graph)
         if stash == "replay":
             self._kept = inputs_read(graph, profiles, sizes)
@@ -77,47 +70,31 @@ class Ledger:
         #: Bytes of a batch that cross the cut after each node.
         self.sent = crossing(graph, sizes)
         #: Likewise of their gradients, which cross it the other way.
-        self.returned = crossing(
-            graph,
-            [
-                size * (need and tf.as_dtype(symbol.dtype).is_floating)
-                for size, need, symbol in zip(sizes, needed, graph.symbols)
-            ],
-        )
-        # While its backward runs, a node's values have gradients beside them,
-        # those within it (attention's scores, say) too.
-        self._running = np.array(
-            [
-                2.0 * sum(sizes[v] for v in (*node.inputs, *node.outputs))
-                + found.keeps_bytes
-                for node, found in zip(graph.nodes, profiles)
-            ]
-        )
+        gradients = [
+            size * (need and tf.as_dtype(symbol.dtype).is_floating)
+            for size, need, symbol in zip(sizes, needed, graph.symbols)
+        ]
+        self.returned = crossing(graph, gradients)
+        # While a node's backward runs, there are also the gradients of what
+        # passes it by, which nodes after it have read.
+        self._running = passing(graph, gradients) + [
+            found.running_bytes for found in profiles
+        ]
 
-    def otherwise(self, stash: Stash, shrunk: int = 1) -> "Ledger":
-        """Returns the same model's with another mode, or smaller batches.
+    def otherwise(
+        self, stash: Stash, batch_size: int | None = None
+    ) -> "Ledger":
+        """Returns the same model's with another mode, or other batches.
 
         Args:
             stash: The mode.
-            shrunk: What to divide the batch by.
+            batch_size: Samples in a batch. Default: as many as now.
+
+        Raises:
+            ValueError: If the model cannot have such batches.
         """
-        profiles = [
-            dataclasses.replace(p, keeps_bytes=p.keeps_bytes // shrunk)
-            for p in self._profiles
-        ]
-        sizes = [
-            size // shrunk if None in symbol.shape else size
-            for size, symbol in zip(self._sizes, self._graph.symbols)
-        ]
-        return Ledger(
-            self._graph,
-            profiles,
-            sizes,
-            self._batch_size // shrunk,
-            self._delay,
-            stash,
-            self._slots,
-        )
+        profiler = self._profiler.of_batch(batch_size or self.batch_size)
+        return Ledger(profiler, self._delay, stash, self._slots)
 
     @property
     def stash(self) -> Stash:
@@ -132,12 +109,13 @@ class Ledger:
     @property
     def batch_size(self) -> int:
         """Samples in a batch."""
-        return self._batch_size
+        return self._profiler.batch_size
 
     @property
     def batch_is_fixed(self) -> bool:
         """Whether the model says how large a batch is."""
-        shapes = [self._graph.symbols[v].shape for v in self._graph.inputs]
+        graph = self._profiler.graph
+        shapes = [graph.symbols[v].shape for v in graph.inputs]
         return any(shape and shape[0] is not None for shape in shapes)
 
     def unsized(self, start: int, stop: int) -> int:

@@ -107,6 +107,7 @@ _OF_PLANS = {
     "step_s": _SECONDS,
     "whole_s": _SECONDS,
     "measured_step_s": _SECONDS,
+    "measured_on": ("a list of names", _all(_is_text)),
     "notes": ("a list of texts", _all(_is_text)),
     "advice": _maybe("a text", _is_text),
 }

@@ -18,11 +18,12 @@ from fdg_keras.homes import Home
 from fdg_keras.memory import Ledger
 from fdg_keras.placement import is_here, resolve_devices
 from fdg_keras.planning import balance, estimates, legal_ends, make_plan
-from fdg_keras.plans import Plan, StagePlan
+from fdg_keras.plans import Plan
 from fdg_keras.profiling import description
 from fdg_keras.resources import StageBytes
 from fdg_keras.room import Room, check_limit
 from fdg_keras.slicing import Graph, cut_graph, trace_graph
+from fdg_keras.stage_plans import StagePlan
 from fdg_keras.stashes import traced_stashes
 from fdg_keras.threads import warn
 from fdg_keras.validation import check_model, check_settings
@@ -136,15 +137,7 @@ def _plan(
             )
     kind_of = [kinds[description(name)] for name in names]
     first = kind_of[0]
-    ledger = Ledger(
-        graph,
-        first.profiles,
-        first.sizes,
-        batch_size,
-        delay,
-        stash,
-        first.slots,
-    )
+    ledger = Ledger(first.profiler, delay, stash, first.slots)
     home = Home(graph, names, ledger.resting)
     room = Room(ledger, ends, len(names), memory_limit, names, home)
     cuts = balance(ends, *estimates(graph, len(names)), room.excess)
@@ -167,7 +160,9 @@ def _plan(
         itertools.pairwise([0, *(p + 1 for p in cuts), len(graph.nodes)])
     )
     uncounted = [k for k, edge in enumerate(edges) if ledger.unsized(*edge)]
-    notes = assumptions(graph, uncounted, optimizer is not None)
+    notes = assumptions(
+        first.profiler.open_symbols, uncounted, optimizer is not None
+    )
     if memory_limit is not None:
         for note in notes:
             warn(f"{note} The memory limit is not sure to hold.")

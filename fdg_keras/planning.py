@@ -15,8 +15,9 @@ import numpy as np
 
 from fdg_keras.balancing import best_ends
 from fdg_keras.costs import cut_costs, elements, node_cost
-from fdg_keras.plans import Plan, StagePlan
+from fdg_keras.plans import Plan
 from fdg_keras.slicing import Graph, Slice, cut_graph
+from fdg_keras.stage_plans import StagePlan
 
 
 def choose_cuts(graph: Graph, splits: Any) -> list[int]:

@@ -11,6 +11,7 @@ from PIL import Image
 from fdg_keras.plan_pictures import Bar, draw
 from fdg_keras.plan_records import VERSION, check_plan
 from fdg_keras.resources import Cost, StageBytes
+from fdg_keras.stage_plans import StagePlan
 
 _MIB = 2**20
 
@@ -18,69 +19,8 @@ _MIB = 2**20
 HERE = "/job:localhost/replica:0/task:0/device:"
 
 
-@dataclass(frozen=True)
-class StagePlan:
-    """One stage of a plan.
-
-    Times and bytes are `None` where they are not known: a `Trainer` that cuts
-    by itself knows neither, a plan that was not measured has no times.
-
-    Attributes:
-        device: Full TensorFlow name of the device.
-        layers: Names of its layers and operations in order, `outer/inner`
-            within nested models.
-        parameters: Number of parameters, trainable and not.
-        operations: Estimated operations of a forward, for one sample.
-        sends: Elements it sends over the cut, for one sample.
-        costs: What each of its layers costs: seconds of forward and backward
-            for a batch, or else its estimated operations.
-        forward_s: Seconds of a batch's forward, sending included.
-        backward_s: Seconds of a batch's backward, with the update and with
-            sending, and with what the stash mode runs again of the forward.
-        again_s: Seconds that `"selective"` runs its forward again, if that is
-            the plan's stash mode; else those that `"replay"` does.
-        sends_s: Those of `forward_s` that handing over to the next stage takes.
-        returns_s: Likewise of `backward_s`, to the stage before.
-        sends_bytes: What crosses the cut after it with a batch.
-        stash_bytes: What it keeps of all batches between their forward and
-            their backward.
-        peak_bytes: All that it holds at most: weights and their copies, slots,
-            stash, links, and what a backward needs while it runs.
-        bytes: What these are made of.
-        measured_s: Seconds that it computed in a tick of `fit`; its first epoch
-            does not count if there were others.
-    """
-
-    device: str
-    layers: tuple[str, ...]
-    parameters: int
-    operations: float
-    sends: int
-    costs: tuple[float, ...] = ()
-    forward_s: float | None = None
-    backward_s: float | None = None
-    again_s: float | None = None
-    sends_s: float | None = None
-    returns_s: float | None = None
-    sends_bytes: int | None = None
-    stash_bytes: int | None = None
-    peak_bytes: int | None = None
-    bytes: StageBytes | None = None
-    measured_s: float | None = None
-
-    @property
-    def tick_s(self) -> float | None:
-        """Seconds of a forward and a backward, if they are known."""
-        if self.forward_s is None or self.backward_s is None:
-            return None
-        return self.forward_s + self.backward_s
-
-    @property
-    def computing_s(self) -> float | None:
-        """Those of `tick_s` without handing over, as `measured_s` counts."""
-        if self.tick_s is None:
-            return None
-        return self.tick_s - (self.sends_s or 0.0) - (self.returns_s or 0.0)
+# How the note begins that times are of other devices.
+_ELSEWHERE = "What is expected here was measured for"
 
 
 @dataclass(frozen=True)
@@ -95,6 +35,8 @@ class Plan:
         step_s: Expected seconds of a training step.
         whole_s: The same on the fastest device alone, by back-propagation.
         measured_step_s: Measured seconds of such a tick, waiting included.
+        measured_on: The devices that times are of, one for each stage, if they
+            are not those of the stages.
         notes: What a reader should know, a sentence or two each.
         advice: What the run that it is of says of it: which cut to move, and
             settings that differ.
@@ -107,6 +49,7 @@ class Plan:
     step_s: float | None = None
     whole_s: float | None = None
     measured_step_s: float | None = None
+    measured_on: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     advice: str | None = None
 
@@ -144,21 +87,23 @@ class Plan:
             )
         if before == list(devices):
             return self
-        notes = self.notes
-        if self.step_s is not None:
+        origin = self.measured_on or tuple(before)
+        if self.step_s is None or origin == tuple(devices):
+            origin = ()
+        notes = tuple(n for n in self.notes if not n.startswith(_ELSEWHERE))
+        if origin:
             there, here = (
                 ", ".join(name.removeprefix(HERE) for name in names)
-                for names in (before, devices)
+                for names in (origin, devices)
             )
-            notes += (
-                f"What is expected here was measured for {there}, but the "
-                f"stages are on {here}.",
-            )
+            notes += (f"{_ELSEWHERE} {there}, but the stages are on {here}.",)
         stages = tuple(
             dataclasses.replace(stage, device=device)
             for stage, device in zip(self.stages, devices)
         )
-        return dataclasses.replace(self, stages=stages, notes=notes)
+        return dataclasses.replace(
+            self, stages=stages, notes=notes, measured_on=origin
+        )
 
     def as_costs(self) -> list[Cost]:
         """Returns the stages as `fdg_keras.simulation.simulate` takes them.
@@ -284,8 +229,9 @@ class Plan:
             check_plan(record)
             del record["version"]
             stages = tuple(map(_stage, record.pop("stages")))
-            notes = tuple(record.pop("notes"))
-            return cls(stages=stages, notes=notes, **record)
+            for name in ("notes", "measured_on"):
+                record[name] = tuple(record[name])
+            return cls(stages=stages, **record)
         except (
             *(ValueError, TypeError, KeyError, AttributeError),
             RecursionError,  # of thousands of brackets
@@ -331,7 +277,7 @@ def _mib(count: int | None) -> str:
 def _draw(plan: Plan) -> Image.Image:
     stages = plan.stages
     known = all(stage.tick_s is not None for stage in stages)
-    parts = [_parts(s) if known else (s.operations,) for s in stages]
+    parts = [s.parts if known else (s.operations,) for s in stages]
     whole = max(*map(sum, parts), plan.step_s or 0.0) or 1.0
     bars = [
         Bar(
@@ -358,13 +304,3 @@ def _draw(plan: Plan) -> Image.Image:
         legend += "black: measured, "
     legend += "frame: expected step (100 %)"
     return draw(title, legend, bars, whole)
-
-
-def _parts(stage: StagePlan) -> tuple[float, ...]:
-    """Returns seconds of forward, of backward, and of handing over if any."""
-    sends_s, returns_s = stage.sends_s or 0.0, stage.returns_s or 0.0
-    parts = (
-        (stage.forward_s or 0.0) - sends_s,
-        (stage.backward_s or 0.0) - returns_s,
-    )
-    return (*parts, sends_s + returns_s) if sends_s + returns_s else parts

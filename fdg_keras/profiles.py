@@ -29,6 +29,8 @@ class Profile:
         keeps_bytes: What else the backward reads.
         views: For each output which distinct input it is in another shape, if
             it is one: both are the same memory.
+        running_bytes: What the backward (without one, the forward) has at once
+            beside what it reads, weights, and gradients by them.
         unsized: How many tensors the backward reads whose bytes are unknown.
         cheap: Whether `stash="selective"` may run the whole forward again.
         replays: Whether what the backward reads depends on inputs: what a
@@ -44,6 +46,7 @@ class Profile:
     keeps_outputs: tuple[bool, ...]
     keeps_weights: tuple[bool, ...]
     keeps_bytes: int
+    running_bytes: int
     views: tuple[int | None, ...]
     unsized: int
     cheap: bool
@@ -118,7 +121,12 @@ def _is_right(found: Profile, inputs: int, outputs: int, weights: int) -> bool:
     return (
         all(map(_is_duration, seconds))
         and all(
-            _is_count(count) for count in (found.keeps_bytes, found.unsized)
+            _is_count(count)
+            for count in (
+                found.keeps_bytes,
+                found.running_bytes,
+                found.unsized,
+            )
         )
         and _are(found.keeps_inputs, inputs, (False, True))
         and _are(found.keeps_outputs, outputs, (False, True))

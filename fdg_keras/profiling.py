@@ -21,6 +21,7 @@ import tensorflow as tf
 from fdg_keras.keys import key_of, where
 from fdg_keras.profiles import Profile, ProfileCache
 from fdg_keras.slicing import Graph, Node, Slice
+from fdg_keras.specs import as_traced, batch_spec, shape_of, size_of
 from fdg_keras.stages import Boundary, Stage
 
 # A loop lasts about this many seconds; the median of so many, of all pieces in
@@ -47,7 +48,12 @@ class Profiler:
             environment, or else `fdg_keras` in the user's folder for caches.
 
     Attributes:
+        graph: As given.
+        batch_size: As given.
         specs: Shape and dtype of each of the graph's values.
+
+    Raises:
+        ValueError: If the model cannot have such a batch.
     """
 
     def __init__(
@@ -58,6 +64,9 @@ class Profiler:
         jit_compile: bool = False,
         cache_dir: str | os.PathLike | None = None,
     ):
+        self.graph, self.batch_size = graph, batch_size
+        self._others = {batch_size: self}
+        self._elsewhere = (device, jit_compile, cache_dir)
         needed = needs_gradient(graph)
         setting = (batch_size, jit_compile, *where(device))
         how = (batch_size, device, jit_compile)
@@ -79,7 +88,36 @@ class Profiler:
                 else:
                     self._pieces[key] = _Piece(node, self.specs, asked, *how)
             for value, shape in zip(node.outputs, self._untimed(key).shapes):
-                self.specs[value] = _as_traced(self.specs[value], shape)
+                self.specs[value] = as_traced(self.specs[value], shape)
+
+    def of_batch(self, batch_size: int) -> "Profiler":
+        """Returns what finds the same for another batch."""
+        if batch_size not in self._others:
+            self._others[batch_size] = Profiler(
+                self.graph, batch_size, *self._elsewhere
+            )
+        return self._others[batch_size]
+
+    @property
+    def open_symbols(self) -> list[Any]:
+        """The symbols of sizes that neither they nor a batch tell."""
+        made = {
+            value: shape
+            for node, key in zip(self.graph.nodes, self._keys)
+            for value, shape in zip(node.outputs, self._untimed(key).shapes)
+        }
+        found = []
+        for value, symbol in enumerate(self.graph.symbols):
+            shape = made.get(value) or symbol.shape
+            pairs = zip(symbol.shape[1:], shape[1:])
+            if any(a is None and b is None for a, b in pairs):
+                found.append(symbol)
+        return found
+
+    @property
+    def sizes(self) -> list[int]:
+        """Bytes of each of the graph's values."""
+        return list(map(size_of, self.specs))
 
     def untimed(self) -> list[Profile]:
         """Returns a profile for each node, without measuring any.
@@ -118,12 +156,18 @@ def description(device: str) -> str:
 
 def _cached(cache: ProfileCache, key: str, node: Node) -> Profile | None:
     """Returns what is known of a node from before, if anything."""
-    return cache.read(
+    found = cache.read(
         key,
         inputs=len(set(node.inputs)),
         outputs=len(node.outputs),
         weights=len(node.trainable_variables),
     )
+    if found is None or not all(
+        tf.TensorShape(shape).is_compatible_with(symbol.shape)
+        for shape, symbol in zip(found.shapes, node.call.outputs)
+    ):
+        return None
+    return found
 
 
 class _Piece:
@@ -166,11 +210,12 @@ class _Piece:
                 for v in node.trainable_variables
             ),
             keeps_bytes=kept.other_bytes,
+            running_bytes=stage.running_bytes(batch_size),
             views=kept.views[: len(node.outputs)],
             unsized=kept.unsized,
             cheap=kept.cheap,
             replays=replayed.batch + replayed.unsized > 0,
-            shapes=tuple(_shape_of(spec) for spec in sent),
+            shapes=tuple(shape_of(spec) for spec in sent),
         )
 
     @functools.cached_property
@@ -258,35 +303,6 @@ class _Loop:
         self._loop(count).numpy()
         seconds = time.perf_counter() - start
         return seconds, time.process_time() - processor
-
-
-def batch_spec(symbol: Any, batch_size: int) -> tf.TensorSpec:
-    """Returns shape and dtype of a value in a batch; other unknowns are 1."""
-    shape = [
-        d or (1 if axis else batch_size) for axis, d in enumerate(symbol.shape)
-    ]
-    return tf.TensorSpec(shape, symbol.dtype)
-
-
-def _shape_of(spec: tf.TensorSpec) -> tuple[int | None, ...] | None:
-    return None if spec.shape.rank is None else tuple(spec.shape.as_list())
-
-
-def _as_traced(
-    spec: tf.TensorSpec, shape: tuple[int | None, ...] | None
-) -> tf.TensorSpec:
-    """Returns a spec with what is known of the shape of a traced tensor."""
-    if shape is None or len(shape) != spec.shape.rank:
-        return spec
-    known = [b if a is None else a for a, b in zip(shape, spec.shape)]
-    return tf.TensorSpec(known, spec.dtype)
-
-
-def size_of(tensor: tf.Tensor | tf.TensorSpec) -> int:
-    """Returns the bytes of a tensor; what has no size of its own has none."""
-    if not tensor.shape.is_fully_defined() or tensor.dtype == tf.variant:
-        return 0
-    return int(tensor.shape.num_elements()) * tensor.dtype.size
 
 
 def _median(profiles: Sequence[Profile]) -> Profile:

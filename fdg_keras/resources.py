@@ -78,8 +78,8 @@ class StageBytes:
         state: All other variables.
         links: What fits in the two links that it reads.
         returned: A batch's gradients over the cut after it.
-        running: Inputs, outputs and gradients of the largest layer, with those
-            of what its backward reads besides.
+        running: What passes have at once beside that, where they have most:
+            gradients, and whatever else a layer computes with.
         home: Weights, slots and other variables of stages on other devices,
             which wait here, where the model came from, to be brought home.
     """

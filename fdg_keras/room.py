@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
 from fdg_keras import delays
 from fdg_keras.balancing import best_ends
@@ -116,25 +117,29 @@ class Room:
         for stash in less.get(ledger.stash, ("current", "replay")):
             if fits(ledger.otherwise(stash)):
                 yield f'stash="{stash}"'
-        factors = self._factors(ledger)
-        # The more, the less is needed: the first that fits is soon found.
-        at = bisect.bisect_left(
-            factors,
-            True,
-            key=lambda n: fits(ledger.otherwise(ledger.stash, n)),
-        )
-        if at < len(factors):
-            yield f"batch_size={ledger.batch_size // factors[at]}"
+
+        def fits_with(batch_size: int) -> bool:
+            try:
+                return fits(ledger.otherwise(ledger.stash, batch_size))
+            except (ValueError, tf.errors.InvalidArgumentError):
+                return False  # The model is made for some batches alone.
+
+        batches = self._batches(ledger)
+        # The fewer, the less is needed: the most that fit are soon found.
+        at = bisect.bisect_left(batches, True, key=fits_with)
+        if at < len(batches):
+            yield f"batch_size={batches[at]}"
         for splits in self._splits(len(limits)):
             if fits(ledger, splits - len(limits)):
                 yield f"splits={splits} on as many devices"
                 break
 
-    def _factors(self, ledger: Ledger) -> list[int]:
-        """Returns by what a batch can be divided, down to one sample."""
+    def _batches(self, ledger: Ledger) -> list[int]:
+        """Returns which smaller batches are tried, down to one sample."""
         if ledger.batch_is_fixed:
             return []
-        return [2**n for n in range(1, ledger.batch_size.bit_length())]
+        most = ledger.batch_size
+        return [most // 2**n for n in range(1, most.bit_length())]
 
     def _splits(self, splits: int) -> list[int]:
         """Returns which numbers of more stages are tried."""
@@ -150,10 +155,8 @@ class Room:
         tried = []
         if self._ledger.stash != "replay":
             tried.append('stash="replay"')
-        if factors := self._factors(self._ledger):
-            tried.append(
-                f"batch_size down to {self._ledger.batch_size // factors[-1]}"
-            )
+        if batches := self._batches(self._ledger):
+            tried.append(f"batch_size down to {batches[-1]}")
         if more := self._splits(len(self._stages_of)):
             tried.append(f"splits up to {more[-1]}")
         return f"nothing that was tried ({', '.join(tried) or 'there is none'})"
@@ -185,9 +188,7 @@ class Room:
             found = there[:j] + late * each[:j] - limits[k]
             if self._home is not None:
                 stop = int(self._ends[j - 1]) + 1
-                found += self._home.at_most(
-                    len(limits), k, self._starts[:j], stop
-                )
+                found += self._home.charge(k, self._starts[:j], stop)
             return found
 
         return excess

@@ -14,7 +14,8 @@ import tensorflow as tf
 
 from fdg_keras import _keras
 from fdg_keras.crossing import Kept, Stash, StashBytes
-from fdg_keras.linearize import Cut, Linearized, Pure
+from fdg_keras.cuts import Cut
+from fdg_keras.linearize import Linearized, Pure
 from fdg_keras.slicing import Slice
 from fdg_keras.threads import warn
 
@@ -220,6 +221,13 @@ class Stage:
     def kept(self, batch_size: int) -> Kept:
         """Returns what `stash="exact"` keeps, and where it is, after `cut`."""
         return self._linearized.kept(batch_size)
+
+    def running_bytes(self, batch_size: int) -> int:
+        """Returns the most bytes that passes have at once, after `cut`.
+
+        What is kept for the backward, weights and their gradients aside.
+        """
+        return self._linearized.running_bytes(batch_size)
 
     @property
     def read(self) -> list[tf.Variable]:

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from fdg_keras.crossing import Stash, StashBytes
-from fdg_keras.profiling import batch_spec
 from fdg_keras.slicing import Graph, Slice
+from fdg_keras.specs import batch_spec
 from fdg_keras.stages import Boundary, Stage
 
 

@@ -20,6 +20,9 @@ from fdg_keras.optimizers import (
 from fdg_keras.slicing import Graph
 from fdg_keras.threads import warn
 
+# TensorFlow counts what waits in a queue in 32 bits, for up to 1,024 stages.
+_DELAYS = 2**20
+
 # What Keras' training step is made of, and stages do in their own way.
 _STEPS = (
     "train_step",
@@ -49,10 +52,11 @@ def check_settings(delay: Any, stash: Any, order: Any) -> None:
         ValueError: If one is out of range.
     """
     whole = isinstance(delay, numbers.Integral) and not isinstance(delay, bool)
-    if not whole or delay < 0:
+    if not whole or not 0 <= delay < _DELAYS:
         raise ValueError(
             "Expected `delay` to be the batches of delay per hop: 0 (locked, "
-            f"as `model.fit`), 1 (DDG), 2 (FDG) or more. Received: {delay!r}"
+            "as `model.fit`), 1 (DDG), 2 (FDG) or more, below 2**20. Received: "
+            f"{delay!r}"
         )
     if stash not in STASHES:
         raise ValueError(

@@ -15,8 +15,10 @@ Prints, for each network and stash mode, each in a process of its own:
     at most    MiB predicted for the moment between F and B of a tick
     peak       MiB of all tensors at most, weights and all, as TensorFlow's
                allocator counted them (in another process, with the allocator
-               that GPUs have, which counts), and as the plan says. Stages are
-               not at their peaks at once, so with several it may be less
+               that GPUs have, which counts), all stages at work. On few cores
+               they are not at their peaks at once
+    sum        of each stage's own peak, counted while they take turns, and as
+               the plan says for links as full as they are then; planned / sum
     step       milliseconds per step with all stages busy (median of the rounds)
     expected   the same as a plan says, cut where it is best by its measurement
 
@@ -27,10 +29,12 @@ Prints, for each network and stash mode, each in a process of its own:
 import argparse
 import contextlib
 import json
+import math
 import multiprocessing
 import os
 import statistics
 import tempfile
+import threading
 from pathlib import Path
 
 import bench_speed
@@ -100,6 +104,7 @@ class Stages(bench_speed.Linked):
         self._delay, self._stash = delay, stash
         self.usage = []
         self.looks = None
+        self._look = Looked
         with super().pipeline() as (pipeline, _):
             self.stages = pipeline.stages
 
@@ -108,7 +113,7 @@ class Stages(bench_speed.Linked):
         """Opens the trainer's pipeline, with its variables in place."""
         with super().pipeline() as (pipeline, batches):
             loops = pipeline.loops
-            pipeline.loops = self.looks = [Looked(loop) for loop in loops]
+            pipeline.loops = self.looks = [self._look(loop) for loop in loops]
             try:
                 yield pipeline, batches
             finally:
@@ -132,13 +137,87 @@ class Stages(bench_speed.Linked):
             return self.plan(batch, cache_dir=fresh).step_s
 
     def planned(self, batch):
-        """Yields a plan's bytes of stages: between two ticks, and at most."""
+        """Yields a plan's bytes of stages.
+
+        Between two ticks, at most, and at most with links that hold no more
+        than they do when stages take turns.
+        """
         # Cut as the stages are.
         found = self.plan(batch, measure=False)
         for stage, sized in zip(self.stages, found.stages):
             # A plan counts the batch that is between F and B, too.
             last = stage.stash_bytes(self._stash, batch).batch
-            yield sized.stash_bytes - last, sized.peak_bytes
+            at_most = sized.peak_bytes
+            links = sized.bytes.links - self._delay * sized.bytes.returned
+            yield sized.stash_bytes - last, at_most, at_most - links
+
+    def sum_of_peaks(self, steps):
+        """Returns what the stages hold, and by how much each rises at most."""
+        turns = Turns(len(self.stages))
+        self._look = lambda loop: InTurn(loop, turns)
+        self.run(steps)
+        return turns.resting + sum(loop.rise for loop in self.looks)
+
+
+class Turns:
+    """Lets stages run tick by tick, one after the other, until they drain."""
+
+    def __init__(self, count):
+        self._count = count
+        self._next = 0
+        self._changed = threading.Condition()
+        #: Whether some stage drains, and all run as they can.
+        self.over = False
+        #: Bytes between two rounds at most.
+        self.resting = 0
+
+    @contextlib.contextmanager
+    def of(self, k):
+        """Waits for the turn of stage k."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.over or self._next == k)
+        yield
+        if k == self._count - 1 and not self.over:
+            self.resting = max(self.resting, _counted()["current"])
+        with self._changed:
+            self._next = (k + 1) % self._count
+            self._changed.notify_all()
+
+    def end(self):
+        """Lets all run."""
+        with self._changed:
+            self.over = True
+            self._changed.notify_all()
+
+
+class InTurn:
+    """A loop that takes turns, and finds what its ticks add to memory."""
+
+    def __init__(self, loop, turns):
+        self._loop, self._turns = loop, turns
+        self.rise = 0
+
+    def __call__(self, fill, steady, drain, learning_rate):
+        if drain:
+            self._turns.end()
+        report = None
+        for tick in [(1, 0, 0)] * fill + [(0, 1, 0)] * steady:
+            with self._turns.of(self._loop._stage.index):
+                before = _counted()["current"]
+                tf.config.experimental.reset_memory_stats("CPU:0")
+                report = self._loop(*tick, learning_rate)
+                rise = _counted()["peak"] - before
+                if not self._turns.over:
+                    self.rise = max(self.rise, rise)
+        return self._loop(0, 0, drain, learning_rate) if drain else report
+
+    def __getattr__(self, name):
+        return getattr(self._loop, name)
+
+
+def _counted():
+    # All logical CPUs have one allocator.
+    return tf.config.experimental.get_memory_info("CPU:0")
 
 
 class Looked:
@@ -208,6 +287,7 @@ def measure(network, batch, splits, delay, stash, steps, rounds):
                 "held_bytes",
                 "at_most_bytes",
                 "planned_peak_bytes",
+                "planned_sum_bytes",
             )
         },
         "step_ms": statistics.median(times),
@@ -217,21 +297,22 @@ def measure(network, batch, splits, delay, stash, steps, rounds):
     }
 
 
-def peak(network, batch, splits, delay, stash, steps):
-    """Returns the most bytes that tensors had, with all stages busy."""
+def peaks(network, batch, splits, delay, stash, steps):
+    """Returns the most bytes that tensors had: of all stages, and of each."""
     configure(splits)
     stages = Stages(network, batch, splits, delay, stash)
     stages.run(steps)
-    # All logical CPUs have one allocator, so these are the bytes of all stages.
     tf.config.experimental.reset_memory_stats("CPU:0")
     stages.run(steps)
-    return tf.config.experimental.get_memory_info("CPU:0")["peak"]
+    peak = _counted()["peak"]
+    return {"peak_bytes": peak, "sum_bytes": stages.sum_of_peaks(steps)}
 
 
-def _stage(size, late, in_flight, held, planned, planned_peak):
+def _stage(size, late, in_flight, held, planned, planned_peak, planned_sum):
     return {
         "planned_bytes": planned,
         "planned_peak_bytes": planned_peak,
+        "planned_sum_bytes": planned_sum,
         "predicted_bytes": size.total(late, late),
         "held_bytes": held,
         "at_most_bytes": size.total(in_flight, late),
@@ -252,7 +333,8 @@ def configure(splits):
 
 def _row(case):
     mib = {k: v / MIB for k, v in case.items() if k.endswith("_bytes")}
-    held = max(case["held_bytes"], 1)
+    # One stage holds nothing between two ticks.
+    held = case["held_bytes"] or math.nan
     planned, predicted = (
         case[key] / held for key in ("planned_bytes", "predicted_bytes")
     )
@@ -261,8 +343,9 @@ def _row(case):
         f"{mib['planned_bytes']:>10.1f}{mib['predicted_bytes']:>10.1f}"
         f"{mib['held_bytes']:>10.1f}{planned:>8.3f}{predicted:>7.3f}"
         f"{mib['at_most_bytes']:>10.1f}"
-        f"{mib['peak_bytes']:>10.1f}{mib['planned_peak_bytes']:>10.1f}"
-        f"{case['planned_peak_bytes'] / case['peak_bytes']:>7.3f}"
+        f"{mib['peak_bytes']:>10.1f}"
+        f"{mib['sum_bytes']:>10.1f}{mib['planned_sum_bytes']:>10.1f}"
+        f"{case['planned_sum_bytes'] / case['sum_bytes']:>7.3f}"
         f"{case['step_ms']:>10.1f}{case['expected_ms']:>10.1f}"
     )
 
@@ -286,7 +369,7 @@ def main():
     print(
         f"{'network':<12}{'stash':<10}{'planned':>10}{'predicted':>10}"
         f"{'held':>10}{'ratios':>15}{'at most':>10}{'peak':>10}"
-        f"{'planned':>10}{'ratio':>7}{'step':>10}{'expected':>10}"
+        f"{'sum':>10}{'planned':>10}{'ratio':>7}{'step':>10}{'expected':>10}"
     )
     sizes = (args.batch, args.splits, args.delay)
     # A process for each case: memory that was freed may stay with it.
@@ -298,7 +381,7 @@ def main():
                 case = pool.apply(measure, (*settings, args.rounds))
             os.environ["TF_CPU_ALLOCATOR_USE_BFC"] = "1"
             with spawn.Pool(1) as pool:
-                case["peak_bytes"] = pool.apply(peak, settings)
+                case |= pool.apply(peaks, settings)
             del os.environ["TF_CPU_ALLOCATOR_USE_BFC"]
             result["cases"].append(case)
             print(_row(case), flush=True)

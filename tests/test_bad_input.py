@@ -330,7 +330,7 @@ def test_devices_that_are_no_list(devices):
         make_trainer(devices=devices)
 
 
-@pytest.mark.parametrize("delay", [-1, 0.5, "2", None, True])
+@pytest.mark.parametrize("delay", [-1, 0.5, "2", None, True, 10**30])
 def test_delays(delay):
     message = (
         r"Expected `delay` to be the batches of delay per hop: 0 \(locked.*"

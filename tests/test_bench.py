@@ -67,26 +67,31 @@ def test_a_case_of_the_simulation():
         assert "mlp (3)" in script._row(case)
 
 
-def test_a_peak_is_of_stages_that_are_busy(memory, monkeypatch):
-    """Here the allocator does not count; it tells what has been run."""
-    runs = []
-    run = memory.Stages.run
-    monkeypatch.setattr(
-        memory.Stages, "run", lambda self, n: [runs.append(n), run(self, n)]
-    )
-    counted = memory.tf.config.experimental
-    monkeypatch.setattr(counted, "reset_memory_stats", runs.append)
-    monkeypatch.setattr(
-        counted, "get_memory_info", lambda device: {"peak": [*runs]}
-    )
-    found = memory.peak("transformer", 4, 2, 2, "exact", 3)
-    assert found == [3, "CPU:0", 3]
+def test_peaks_are_of_stages_that_are_busy(memory, monkeypatch):
+    """Here the allocator does not count; it tells how often it was asked."""
+    experimental, asked = memory.tf.config.experimental, []
+
+    def count(device):
+        asked.append(device)
+        return {"current": len(asked), "peak": 1000 * len(asked)}
+
+    resets = []
+    monkeypatch.setattr(experimental, "reset_memory_stats", resets.append)
+    monkeypatch.setattr(experimental, "get_memory_info", count)
+    found = memory.peaks("transformer", 4, 2, 2, "exact", 3)
+    assert found["peak_bytes"] == 1000  # asked once, after the second run
+    # Each tick of each of two stages in turn, and at the end of each round.
+    rounds = (len(asked) - 1) // 5
+    assert rounds > 3
+    assert set(asked) == set(resets) == {"CPU:0"}
+    # The last rounds had the most.
+    assert found["sum_bytes"] > 1000 * 2 * (len(asked) - 10)
 
 
 @pytest.mark.parametrize("stash", STASHES)
 def test_bytes_are_as_predicted(memory, stash):
     case = memory.measure("transformer", 4, 3, 2, stash, steps=2, rounds=1)
-    assert stash in memory._row(case | {"peak_bytes": 1})
+    assert stash in memory._row(case | {"peak_bytes": 1, "sum_bytes": 1})
     for stage in case["stages"][:-1]:
         # Constants that are the same share memory, small as they are.
         assert stage["predicted_bytes"] == pytest.approx(
@@ -97,7 +102,8 @@ def test_bytes_are_as_predicted(memory, stash):
             stage["held_bytes"], rel=0.1, abs=100
         )
         assert stage["at_most_bytes"] > stage["predicted_bytes"] > 0
-        assert stage["planned_peak_bytes"] > stage["planned_bytes"]
+        assert stage["planned_peak_bytes"] > stage["planned_sum_bytes"]
+        assert stage["planned_sum_bytes"] > stage["planned_bytes"]
     assert case["stages"][-1]["held_bytes"] == 0
     assert case["step_ms"] > 0
 

@@ -327,7 +327,7 @@ def test_stop_gradient_is_a_view():
 def test_crossing_needs_no_inputs():
     """A stage may be fed by nothing but what it holds."""
     with tf.Graph().as_default() as graph:
-        crossing = Crossing(graph, [], [], [], [], [], [])
+        crossing = Crossing(graph, [], [], [], [], [[], []], [], [])
         assert [crossing.kept(stash) for stash in STASHES] == [[]] * 4
 
 

@@ -13,7 +13,7 @@ from keras import layers
 from fdg_keras import planning
 from fdg_keras.memory import Ledger
 from fdg_keras.planning import choose_cuts, legal_ends
-from fdg_keras.profiling import Profiler, size_of
+from fdg_keras.profiling import Profiler
 from fdg_keras.room import Room
 from fdg_keras.slicing import cut_graph, trace_graph
 from fdg_keras.stashes import traced_stashes
@@ -30,9 +30,7 @@ def traced(graph, cuts, stash):
 
 
 def ledger_of(graph, stash="exact", delay=2, slots=1.0):
-    found = Profiler(graph, BATCH, DEVICE)
-    sizes = list(map(size_of, found.specs))
-    return Ledger(graph, found.untimed(), sizes, BATCH, delay, stash, slots)
+    return Ledger(Profiler(graph, BATCH, DEVICE), delay, stash, slots)
 
 
 @pytest.mark.parametrize("stash", ["exact", "current", "replay"])
@@ -73,7 +71,7 @@ def test_stash_where_rows_are_not_samples(stash):
     edges = [0, *(cut + 1 for cut in cuts), len(graph.nodes)]
     found = [ledger.stashed(a)[b - 1] for a, b in itertools.pairwise(edges)]
     assert found == traced(graph, cuts, stash)
-    half = ledger.otherwise(stash, 2)
+    half = ledger.otherwise(stash, BATCH // 2)
     assert half.sent == pytest.approx(ledger.sent / 2)
 
 
@@ -143,7 +141,7 @@ def test_peak_by_hand():
         + (late + 1) * value  # its input
         + 3 * value
         + 3 * value  # links: activations, gradients
-        + 4 * value  # input, output and the gradient of both
+        + 2 * value  # gradients of its output and input
     )
     assert ledger.peak(1, late)[1] == expected
 
@@ -160,7 +158,7 @@ def test_peak_of_replay_by_hand():
             3 * weights * 3  # of three layers; slots, gradients
             + (late + 1) * value  # inputs
             + 3 * value  # outputs, which relu's backward and the next read
-            + 4 * value  # while a layer runs
+            + 3 * value  # gradients of a layer's output, sum and input
         )
         assert ledger.peak(0, late)[2] == there
 
@@ -233,7 +231,7 @@ def test_a_refusal_says_what_would_fit():
     assert "more than its limit" in text
     assert f"{math.ceil(0.1 * least):,} bytes more" in text
     assert "batch_size=4" in text
-    half = ledger.otherwise("exact", 2)
+    half = ledger.otherwise("exact", BATCH // 2)
     assert half.batch_size == BATCH // 2
     assert (
         min(max(half.peak(0, 2)[a], half.peak(a + 1, 0)[-1]) for a in ends[:-1])
@@ -277,8 +275,7 @@ def test_what_is_proposed_fits():
                         if key == "stash":
                             other = other.otherwise(value.strip('"'))
                         elif key == "batch_size":
-                            factor = BATCH // int(value)
-                            other = other.otherwise(other.stash, factor)
+                            other = other.otherwise(other.stash, int(value))
                         else:
                             assert key == "splits"
                             splits = int(value.split()[0])

@@ -274,7 +274,8 @@ def test_a_user_without_a_home(monkeypatch, tmp_path):
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     cache = ProfileCache(None)
     cache.write(
-        "key", Profile(0.0, 0.0, 0.0, (), (), (), 0, (), 0, True, True, ())
+        "key",
+        Profile(0.0, 0.0, 0.0, (), (), (), 0, 0, (), 0, True, True, ()),
     )
     assert cache.read("key", 0, 0, 0) is None
     assert not list(tmp_path.iterdir())
@@ -573,7 +574,7 @@ def test_whatever_data_a_layer_keeps_tells_it_apart(pieces, kept):
 
 def test_a_cache_never_fails(tmp_path):
     found = Profile(
-        *(1.0, 2.0, 3.0, (True, False), (False,), (True,), 12, (0,), 1),
+        *(1.0, 2.0, 3.0, (True, False), (False,), (True,), 12, 34, (0,), 1),
         cheap=False,
         replays=True,
         shapes=((8, None),),
@@ -622,6 +623,9 @@ def test_a_cache_never_fails(tmp_path):
         {"shapes": [[8, -4]]},
         {"shapes": [[2**40, 2**40]]},
         {"shapes": 7},
+        {"shapes": [[8, 5]]},
+        {"shapes": [[8]]},
+        {"running_bytes": -1},
     ],
 )
 def test_a_cache_that_is_spoilt_is_measured_again(pieces, tmp_path, wrong):
@@ -863,6 +867,14 @@ def test_sizes_that_are_left_open():
     inputs = keras.Input((10, 64))
     h = layers.Dense(4)(inputs)
     model = _compiled(keras.Model(inputs, layers.Dense(3)(h)))
+    assert fdg_keras.plan(model, 2, 8, measure=False).notes == ()
+
+
+def test_a_batch_on_another_axis_is_no_open_size():
+    inputs = keras.Input((10, 64))
+    h = keras.ops.transpose(layers.Dense(4)(inputs), (1, 0, 2))
+    h = keras.ops.transpose(layers.Dense(3)(h), (1, 0, 2))
+    model = _compiled(keras.Model(inputs, h))
     assert fdg_keras.plan(model, 2, 8, measure=False).notes == ()
 
 
@@ -1127,7 +1139,7 @@ def test_memory_limits_that_cannot_be_met():
     with pytest.raises(
         ValueError, match=r"stage \d of 2 needs .* What would fit: .*replay"
     ):
-        fdg_keras.plan(network(), 2, 64, measure=False, memory_limit=2**20)
+        fdg_keras.plan(network(8), 2, 64, measure=False, memory_limit=3 * 2**19)
 
 
 def test_workers_are_looked_after_while_they_measure(monkeypatch):
@@ -1226,6 +1238,35 @@ def test_a_stage_more_leaves_the_model_at_home():
     plan(int(said[1]), limit)  # fits
     with pytest.raises(ValueError, match="of 2 needs"):
         plan(2, limit)
+
+
+def test_a_limit_that_stages_share_with_the_model():
+    """What they train in place does not wait beside them."""
+    wide = [layers.Dense(256) for _ in range(8)]
+    model = _compiled(keras.Sequential([keras.Input((256,)), *wide]))
+
+    def plan(limit=None):
+        devices = ["CPU:0", "CPU:0", "CPU:1"]
+        found = fdg_keras.plan(
+            model, 3, 8, devices, measure=False, memory_limit=limit
+        )
+        return sum(stage.peak_bytes for stage in found.stages[:2])
+
+    limit = int(1.05 * plan())
+    assert plan(limit) <= limit
+    with pytest.raises(ValueError, match="its device has 2 stages"):
+        plan(0.5 * limit)
+
+
+def test_a_model_of_one_batch_size_is_refused_as_others():
+    """No smaller batch is proposed, nor does trying one fail."""
+    inputs = keras.Input((8,))
+    h = keras.ops.reshape(layers.Dense(8)(inputs), (16, 8))
+    h = keras.ops.reshape(layers.Dense(8)(h), (8, 16))
+    model = _compiled(keras.Model(inputs, layers.Dense(3)(h)))
+    with pytest.raises(ValueError, match="does not fit") as refused:
+        fdg_keras.plan(model, 2, 16, measure=False, memory_limit=100)
+    assert "batch_size=" not in str(refused.value)
 
 
 def test_numpy_numbers_become_json():

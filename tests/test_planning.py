@@ -398,6 +398,25 @@ def test_a_plan_has_a_device_for_each_stage(devices):
         plan_of(chain(5, 6, 7), 2).on(devices)
 
 
+def test_a_plan_that_moves_says_once_where_it_was_measured():
+    plan = dataclasses.replace(
+        plan_of(chain(5, 6, 7), 2).on(["x", "y"]), step_s=0.1
+    )
+    moved = plan.on(["GPU:0", "GPU:1"])
+    assert moved.notes == (
+        "What is expected here was measured for x, y, but the stages "
+        "are on GPU:0, GPU:1.",
+    )
+    assert moved.on(["a", "b"]).notes == (
+        "What is expected here was measured for x, y, but the stages "
+        "are on a, b.",
+    )
+    assert Plan.from_json(moved.to_json()) == moved
+    assert moved.on(["x", "y"]) == plan
+    unknown = plan_of(chain(5, 6, 7), 2)
+    assert unknown.on(["a", "b"]).on(DEVICES[:2]) == unknown
+
+
 def test_devices_of_other_machines_can_be_told_apart():
     devices = [f"/job:worker/replica:0/task:{i}/device:GPU:0" for i in "01"]
     graph = chain(5, 6)
