@@ -19,7 +19,8 @@ import keras
 import tensorflow as tf
 
 from fdg_keras import sockets
-from fdg_keras.vigil import ANSWER_S, CHIEF, JOB, Task, Vigil, connection
+from fdg_keras.lookout import ANSWER_S
+from fdg_keras.vigil import CHIEF, JOB, Task, Vigil, connection
 from fdg_keras.watch import Watch
 
 # A worker keeps its versions in a file without a name, which the chief reads
@@ -158,12 +159,9 @@ def connect_to_cluster(
     addresses = parse_cluster(cluster).job_tasks(JOB)
     is_connected = _check_unconnected(addresses)
     tasks = _wait_for_all(addresses, timeout_s)
-    if is_connected:
-        connection.timeout_s = timeout_s
-        return _devices()
-    _connect(tasks, timeout_s)
-    connection.tasks = tasks
-    connection.timeout_s = timeout_s
+    if not is_connected:
+        _connect(tasks, timeout_s)
+    connection.begin(tasks, timeout_s)
     return _devices()
 
 

@@ -2,10 +2,12 @@
 
 TensorFlow opens its sockets itself and has neither a deadline for a call nor a
 choice of interface. What is done about that here is done from outside, to the
-sockets of this process (Linux).
+sockets of this process, or of another that allows it (Linux).
 """
 
 import contextlib
+import ctypes
+import errno
 import ipaddress
 import os
 import pathlib
@@ -25,6 +27,11 @@ End = tuple[str, int]
 
 # Not in Python's `socket`: see socket(7).
 _SO_BINDTODEVICE = 25
+
+# Neither in Python's `os`: pidfd_getfd(2), of the same number on all machines,
+# and prctl(2).
+_PIDFD_GETFD = 438
+_PR_SET_PTRACER = 0x59616D61
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -114,17 +121,32 @@ def is_free(port: int) -> bool:
     return True
 
 
-def cut_off(ends: Collection[End]) -> None:
-    """Ends every connection of this process to these ends, now.
+def cut_off(ends: Collection[End], process: int | None = None) -> None:
+    """Ends every connection of a process to these ends, now.
 
     Whoever waits for an answer over one of them, or for the connection, is
     told so by an error, as if the process at the other end had died.
+
+    Args:
+        ends: Where to.
+        process: Its number, if it is not this one. It has to have called
+            `allow`, and to be on the same network.
+
+    Raises:
+        OSError: If it is not allowed.
     """
     inodes = _inodes(ends)
-    for one in _own_sockets():
+    found = _own_sockets() if process is None else _sockets_of(process)
+    for one in found:
         if os.fstat(one.fileno()).st_ino in inodes:
             with contextlib.suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)
+
+
+def allow(process: int) -> None:
+    """Lets another process of the same user cut off this one's connections."""
+    # Where the kernel asks for it. Else it fails, and nothing is lost.
+    ctypes.CDLL(None).prctl(_PR_SET_PTRACER, process, 0, 0, 0)
 
 
 def cut_off_for_good(ends: Collection[End]) -> None:
@@ -208,3 +230,30 @@ def _own_sockets() -> Iterator[socket.socket]:
                 continue
             with found:
                 yield found
+
+
+def _sockets_of(process: int) -> Iterator[socket.socket]:
+    """Yields the sockets of another process.
+
+    Raises:
+        OSError: If there is no such process, or it does not allow that.
+    """
+    call = ctypes.CDLL(None, use_errno=True).syscall
+    handle = os.pidfd_open(process)
+    try:
+        for name in os.listdir(f"/proc/{process}/fd"):
+            duplicate = call(_PIDFD_GETFD, handle, int(name), 0)
+            if duplicate < 0:
+                number = ctypes.get_errno()
+                if number == errno.EBADF:
+                    continue  # It was closed meanwhile.
+                raise OSError(number, os.strerror(number))
+            try:
+                found = socket.socket(fileno=duplicate)
+            except OSError:
+                os.close(duplicate)
+                continue
+            with found:
+                yield found
+    finally:
+        os.close(handle)

@@ -18,19 +18,13 @@ from typing import Any
 import tensorflow as tf
 
 from fdg_keras import sockets
+from fdg_keras.lookout import ANSWER_S, CUT_S, INTERVAL_S, Lookout
 
 #: The job that workers belong to.
 JOB = "worker"
 
 #: The CPU of this process.
 CHIEF = "/job:localhost/replica:0/task:0/device:CPU:0"
-
-#: So many seconds one sign of life is waited for.
-ANSWER_S = 5.0
-#: Who is lost is cut off so often: TensorFlow connects anew.
-CUT_S = 0.05
-# Signs of life are asked for so often, or ten times within the time limit.
-_INTERVAL_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -74,6 +68,14 @@ class Connection:
         self.tasks: list[Task] = []
         self.timeout_s = 20.0
         self.lost: dict[Task, str] = {}
+        self._lookout: Lookout | None = None
+
+    def begin(self, tasks: Sequence[Task], timeout_s: float) -> None:
+        """Looks after these workers from now on, for as long as they answer."""
+        self.tasks, self.timeout_s = list(tasks), timeout_s
+        if self._lookout is not None:
+            self._lookout.end()
+        self._lookout = Lookout([task.end for task in tasks], timeout_s)
 
 
 #: The one that TensorFlow allows for in a process.
@@ -116,7 +118,7 @@ class Vigil:
     ):
         self._timeout_s = timeout_s
         self._at_once = at_once
-        self._interval_s = min(_INTERVAL_S, timeout_s / 10)
+        self._interval_s = min(INTERVAL_S, timeout_s / 10)
         self._ended = threading.Event()
         # Since when one waits for what another sends.
         self._waits: dict[tuple[str, str], float] = {}

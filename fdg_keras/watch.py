@@ -13,8 +13,9 @@ from typing import Any
 import tensorflow as tf
 
 from fdg_keras import sockets
+from fdg_keras.lookout import ANSWER_S, CUT_S
 from fdg_keras.placement import host_of
-from fdg_keras.vigil import ANSWER_S, CHIEF, CUT_S, Task, Vigil, connection
+from fdg_keras.vigil import CHIEF, Task, Vigil, connection
 
 
 class Watch:

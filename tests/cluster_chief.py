@@ -160,6 +160,40 @@ def between(devices, settings):
     model.save(settings["into"])
 
 
+class Command(keras.layers.Layer):
+    """Runs a shell command when it is next traced."""
+
+    command = None
+    time = None
+
+    def call(self, inputs):
+        if self.command is not None:
+            subprocess.run(self.command, shell=True)
+            self.command, self.time = None, time.monotonic()
+        return inputs
+
+
+def tracing(devices, settings):
+    """Has a fault come while TensorFlow is about to tell of new functions."""
+    layer = Command()
+    model = keras.Sequential([*make_model().layers[:2], layer])
+    model.add(keras.layers.Dense(3))
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    layer.command = settings["command"]
+    try:
+        if settings["stages"]:
+            fit(model, devices)
+        else:
+            model.fit(X, Y, verbose=0)
+    except Exception as error:
+        told = {"error": type(error).__name__, "message": str(error)}
+    say(
+        **told,
+        seconds=time.monotonic() - layer.time,
+        threads=[thread.name for thread in threading.enumerate()],
+    )
+
+
 def compare(devices, settings):
     """Does all that is done with a model, here and over the cluster."""
     folder = pathlib.Path(settings["folder"])
@@ -235,7 +269,12 @@ def main():
         say(error=type(error).__name__, message=str(error))
         return
     say(devices=devices)
-    jobs = {"train": train, "compare": compare, "between": between}
+    jobs = {
+        "train": train,
+        "compare": compare,
+        "between": between,
+        "tracing": tracing,
+    }
     jobs[job](devices, settings)
 
 

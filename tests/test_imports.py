@@ -18,6 +18,7 @@ LADDER = [
     "transforms",
     "threads",
     "sockets",
+    "lookout",
     "_keras",
     "slicing",
     "balancing",

@@ -136,6 +136,38 @@ def test_a_connection_that_is_being_made_is_cut_off():
         assert select.select([], [waits], [], 10)[1]
 
 
+CONNECTED = """
+import os, socket, sys
+from fdg_keras import sockets
+end = ("127.0.0.1", int(sys.argv[1]))
+found = socket.create_connection(end)
+found.settimeout(30)
+"""
+
+BY_ANOTHER = """
+sockets.allow(os.getppid())
+print(os.getpid(), flush=True)
+print(found.recv(1))
+"""
+
+
+def test_another_process_is_cut_off():
+    with listening() as (end, _):
+        process = subprocess.Popen(
+            [sys.executable, "-c", CONNECTED + BY_ANOTHER, str(end[1])],
+            env=ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        number = int(process.stdout.readline())
+        sockets.cut_off([("127.0.0.1", 1)], number)
+        assert process.poll() is None
+        sockets.cut_off([end], number)
+        assert process.communicate(timeout=30)[0] == "b''\n"
+    with pytest.raises(ProcessLookupError, match="No such process"):
+        sockets.cut_off([end], number)
+
+
 FOR_GOOD = """
 import socket, sys
 from fdg_keras import sockets
