@@ -87,14 +87,15 @@ def main(arguments: Sequence[str]) -> None:
 
 def _look_after(end: sockets.End, chief: int, timeout_s: float) -> None:
     interval_s = min(INTERVAL_S, timeout_s / 10)
-    patience_s = min(ANSWER_S, timeout_s / 2)
     answered = time.monotonic()
     while True:
         time.sleep(interval_s)
         begun = time.monotonic()
+        left = answered + timeout_s + 2 * interval_s - begun
+        patience_s = min(ANSWER_S, timeout_s / 2, max(left, interval_s))
         if sockets.unanswered(end, patience_s) is None:
             answered = begun
-        elif time.monotonic() - answered > timeout_s + 2 * interval_s:
+        elif time.monotonic() >= begun + left:
             until = time.monotonic() + interval_s
             while time.monotonic() < until:
                 sockets.cut_off([end], chief)
