@@ -72,6 +72,9 @@ def expected(found: Plan, processor_s: float, shared: bool) -> Plan:
     if found.delay == 0:
         # A batch has passed all stages, and come back, before the next begins.
         step_s = sum(load.values())
+    # Some core at least was busy all the time. With other programs beside it
+    # all takes longer, but not more of the cores' time.
+    processor_s = max(processor_s, found.whole_s or 0.0)
     if found.stash in ("selective", "replay"):
         again_s = sum(stage.again_s or 0.0 for stage in found.stages)
         processor_s *= 1 + again_s / (found.whole_s or math.inf)

@@ -88,6 +88,12 @@ class Room:
                 for way in self._ways_out(replayed, limits)
             ]
         shares = self._stages_of[k]
+        held = ""
+        if self._ledger.stash == "selective":
+            held = (
+                ' What `stash="selective"` keeps is known of whole stages '
+                'only, so it was counted as `"exact"`, which is more.'
+            )
         return (
             f"The model does not fit: with the cuts that come closest, stage "
             f"{k} of {len(limits)} needs {_size(limits[k] + worst)}, "
@@ -95,7 +101,7 @@ class Room:
             + (f" (its device has {shares} stages)" if shares > 1 else "")
             + ". What would fit: "
             + ("; ".join(fits) or self._nothing())
-            + f". Received: memory_limit={self._limit!r}"
+            + f".{held} Received: memory_limit={self._limit!r}"
         )
 
     def _ways_out(

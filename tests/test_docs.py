@@ -224,6 +224,31 @@ def test_plans_are_as_right_as_was_measured():
         line = "| " + " | ".join(map(str, row)) + " |"
         assert line in PAGES["choosing.md"]
     assert len(networks) == 8
+    cases = [case for found in networks.values() for case in found]
+    off = [c["model"] for c in cases if abs(c["ratio"] - 1) > 0.15]
+    assert (len(cases), off) == (32, ["efficientnet_b0"] * 2)
+    gains = [found[0]["end_to_end_ms"]["gain"] for found in networks.values()]
+    assert sum(gain > 1.2 for gain in gains) == 6
+
+
+def test_simulations_are_as_right_as_was_measured():
+    results = (ROOT / "docs" / "results" / "simulation.json").read_text()
+    off = collections.defaultdict(list)
+    for case in json.loads(results)["cases"]:
+        off[case["model"]].append(abs(case["ratio"] - 1))
+    assert len(off["resnet20"]) == 12
+    assert sum(error > 0.1 for error in off["resnet20"]) == 1
+    assert max(off["resnet20"]) < 0.115
+    assert max(off["mlp"]) < 0.15
+
+
+def test_deep_networks_are_planned_as_fast_as_was_measured():
+    results = (ROOT / "docs" / "results" / "plan_deep.json").read_text()
+    cases = json.loads(results)["cases"]
+    for case in cases:
+        assert case["plan_s"] < case["at_most_s"]
+    seconds = [round(case["plan_s"]) for case in cases]
+    assert [*seconds, round(cases[-1]["refused_s"])] == [5, 6, 19]
 
 
 def reported(dataset, network, run):

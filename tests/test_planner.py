@@ -1109,6 +1109,25 @@ def _compiled(model):
     return model
 
 
+def test_cores_that_are_shared_do_no_more_than_there_are(monkeypatch):
+    """Whatever their clocks say, with other programs beside this one."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    ticks = [0.1] * 4
+    plan = plan_of(*ticks, step_s=None, whole_s=sum(ticks))
+    stages = tuple(
+        dataclasses.replace(s, device=f"CPU:{k}")
+        for k, s in enumerate(plan.stages)
+    )
+    plan = dataclasses.replace(plan, stages=stages, delay=2, stash="exact")
+    for processor_s in (0.1, 0.4):
+        found = expectations.expected(plan, processor_s, shared=True)
+        assert 1.9 < found.speed_up < 2
+    found = expectations.expected(plan, 0.6, shared=True)
+    assert 1.3 < found.speed_up < 1.35
+    found = expectations.expected(plan, 0.1, shared=False)
+    assert found.speed_up == pytest.approx(4)
+
+
 @pytest.mark.parametrize(
     ("plan", "cores", "reason"),
     [
