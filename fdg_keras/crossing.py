@@ -222,23 +222,40 @@ class Crossing:
             if op.name not in given
         )
 
-    def running_bytes(self, batch_size: int) -> int:
-        """Returns what the backward has at once.
+    def running_bytes(self, made: Sequence[tf.Tensor], batch_size: int) -> int:
+        """Returns what the forward, or the backward, has at once.
 
         Beside what `"exact"` keeps, and gradients by weights.
+
+        Args:
+            made: What the forward makes for others.
+            batch_size: Samples of a batch.
         """
         arguments = [*self._weights, *self._state, *self._inputs]
+        kept = self.kept("exact")
         sizes = tensor_bytes(
             self._graph,
             [*arguments, *self._given],
-            [t.op for t in self._fetches],
+            [t.op for t in (*self._fetches, *made, *kept)],
             batch_size,
         )
-        before = {t.name for t in (*arguments, *self.kept("exact"))}
+        before = {t.name for t in (*arguments, *kept)}
         by_weights = {recompute.owner(t).name for t in self._by_weights}
-        return most_alive(
+        # Each result has memory of its own: TensorFlow hands on that of some
+        # arguments, but runs operations at once, and the two about even out.
+        backward = most_alive(
             self._fetches, self._given, before, sizes, by_weights, self.forward
         )
+        stashed = {recompute.owner(t).name for t in kept}
+        forward = most_alive(
+            [*made, *kept],
+            [t for t in self._inputs if t.name not in stashed],
+            {t.name for t in arguments},
+            sizes,
+            stashed,
+            in_place=recompute.CHEAP,
+        )
+        return max(forward, backward)
 
     def owners(self, stash: Stash, batch_size: int) -> dict[str, int | None]:
         """Returns the bytes of the tensors whose memory a stash holds.

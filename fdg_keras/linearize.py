@@ -13,6 +13,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from fdg_keras import recompute
 from fdg_keras.crossing import (
     OF_THE_FORWARD,
     Crossing,
@@ -219,22 +220,23 @@ class Linearized:
         return self._crossing.stash_bytes(stash, batch_size)
 
     def running_bytes(self, batch_size: int) -> int:
-        """Returns what a backward has at once, after `cut`.
+        """Returns what the forward, or the backward, has at once, after `cut`.
 
-        Beside what `stash="exact"` keeps, weights, and gradients by them. If
-        there is no backward, what the forward has, beside weights and state.
+        Beside what `stash="exact"` keeps, weights, and gradients by them.
         """
-        if self._crossing is not None:
-            return self._crossing.running_bytes(batch_size)
         weights, state, inputs = self._arguments
         result = self._result
         fetches = [*result.outputs, *result.own_losses, *result.new_state]
+        if self._crossing is not None:
+            return self._crossing.running_bytes(fetches, batch_size)
         arguments = [*weights, *state, *inputs]
         sizes = tensor_bytes(
             self._wrapped.graph, arguments, [t.op for t in fetches], batch_size
         )
         before = {t.name for t in (*weights, *state)}
-        return most_alive(fetches, inputs, before, sizes, uncounted=())
+        return most_alive(
+            fetches, inputs, before, sizes, (), in_place=recompute.CHEAP
+        )
 
     def kept(self, batch_size: int) -> Kept:
         """Returns what `stash="exact"` keeps, after `cut`, and where it is."""

@@ -54,6 +54,10 @@ class Ledger:
         trainable = [node.trainable_variables for node in graph.nodes]
         #: Bytes of trainable weights, by the first node that uses them.
         self.weights: np.ndarray = _by_first_node(trainable)
+        # A layer that is called again makes another gradient.
+        self._gradients = np.array(
+            [float(sum(map(_bytes_of, weights))) for weights in trainable]
+        )
         # As they were at a forward, where they are kept.
         self._copies = np.zeros(len(trainable))
         if stash in OF_THE_FORWARD:
@@ -135,6 +139,7 @@ class Ledger:
             again=int(self._made_again(start)[last]),
             copies=int(_since(self._copies, start)[last]),
             weights=int(_since(self.weights, start)[last]),
+            gradients=int(_since(self._gradients, start)[last]),
             slots=int(self._slots * _since(self.weights, start)[last]),
             state=int(_since(self._state, start)[last]),
             links=int(self._links(start)[last]),
@@ -178,8 +183,7 @@ class Ledger:
         running = self._running.copy()
         running[:start] = 0.0
         return (
-            _since(self.weights, start) * (2.0 + self._slots)
-            + _since(self._state, start)
+            _since(self.resting + self._gradients, start)
             + (late + 1) * self.stashed(start)
             + late * _since(self._copies, start)
             + self._made_again(start)
@@ -204,7 +208,7 @@ class Ledger:
             delay adds. They hold for starts that are not after the stop.
         """
         count = len(self._running)
-        there = self.weights * (2.0 + self._slots) + self._state
+        there = self.resting + self._gradients
         done, copied = (
             np.concatenate([[0.0], np.cumsum(each)])
             for each in (there, self._copies)
@@ -241,9 +245,12 @@ def _by_first_node(variables: Iterable[Iterable[keras.Variable]]) -> np.ndarray:
     for mine in variables:
         new = {id(v): v for v in mine if id(v) not in seen}
         seen.update(new)
-        specs = [tf.TensorSpec(v.shape, v.dtype) for v in new.values()]
-        counts.append(float(sum(map(size_of, specs))))
+        counts.append(float(sum(map(_bytes_of, new.values()))))
     return np.array(counts)
+
+
+def _bytes_of(variable: keras.Variable) -> int:
+    return size_of(tf.TensorSpec(variable.shape, variable.dtype))
 
 
 def _since(counts: np.ndarray, start: int) -> np.ndarray:

@@ -136,7 +136,11 @@ class Plan:
                     stash=size.again if replays else size.batch,
                     inputs=size.batch if replays else 0,
                     weights=size.weights,
-                    slots=size.slots + size.state + size.home,
+                    slots=size.slots
+                    + size.state
+                    + size.home
+                    + size.gradients
+                    - size.weights,
                     again_s=again_s,
                     copies=size.copies,
                     running=size.running + (0 if replays else size.again),

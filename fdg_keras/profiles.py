@@ -29,8 +29,8 @@ class Profile:
         keeps_bytes: What else the backward reads.
         views: For each output which distinct input it is in another shape, if
             it is one: both are the same memory.
-        running_bytes: What the backward (without one, the forward) has at once
-            beside what it reads, weights, and gradients by them.
+        running_bytes: What the forward, or the backward, has at once beside
+            what the backward reads, weights, and gradients by them.
         unsized: How many tensors the backward reads whose bytes are unknown.
         cheap: Whether `stash="selective"` may run the whole forward again.
         replays: Whether what the backward reads depends on inputs: what a

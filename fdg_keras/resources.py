@@ -74,6 +74,8 @@ class StageBytes:
         again: What a backward makes again of its batch, and has while it runs.
         copies: Weights as they were at a forward, for each update since.
         weights: Trainable weights.
+        gradients: By them: of a layer that is called several times, each time
+            one, until they are added up.
         slots: Of the optimizer.
         state: All other variables.
         links: What fits in the two links that it reads.
@@ -88,6 +90,7 @@ class StageBytes:
     again: int
     copies: int
     weights: int
+    gradients: int
     slots: int
     state: int
     links: int
@@ -109,7 +112,8 @@ class StageBytes:
         Args:
             late: Likewise.
         """
-        there = 2 * self.weights + self.slots + self.state + self.links
+        there = self.weights + self.gradients + self.slots + self.state
+        there += self.links
         held = self.stash(late) + self.again + self.running
         return there + held + self.home
 

@@ -1,6 +1,5 @@
 """Which cuts fit in memory; and if none does, why, and what would."""
 
-import bisect
 import itertools
 import math
 import numbers
@@ -98,7 +97,11 @@ class Room:
             f"The model does not fit: with the cuts that come closest, stage "
             f"{k} of {len(limits)} needs {_size(limits[k] + worst)}, "
             f"{_size(worst)} more than its limit of {_size(limits[k])}"
-            + (f" (its device has {shares} stages)" if shares > 1 else "")
+            + (
+                f", an equal part for each of {shares} stages of its device"
+                if shares > 1
+                else ""
+            )
             + ". What would fit: "
             + ("; ".join(fits) or self._nothing())
             + f".{held} Received: memory_limit={self._limit!r}"
@@ -123,18 +126,14 @@ class Room:
         for stash in less.get(ledger.stash, ("current", "replay")):
             if fits(ledger.otherwise(stash)):
                 yield f'stash="{stash}"'
-
-        def fits_with(batch_size: int) -> bool:
+        for batch_size in self._batches(ledger):
             try:
-                return fits(ledger.otherwise(ledger.stash, batch_size))
-            except (ValueError, tf.errors.InvalidArgumentError):
-                return False  # The model is made for some batches alone.
-
-        batches = self._batches(ledger)
-        # The fewer, the less is needed: the most that fit are soon found.
-        at = bisect.bisect_left(batches, True, key=fits_with)
-        if at < len(batches):
-            yield f"batch_size={batches[at]}"
+                other = ledger.otherwise(ledger.stash, batch_size)
+            except (ValueError, tf.errors.OpError):
+                continue  # The model is made for some batches alone.
+            if fits(other):
+                yield f"batch_size={batch_size}"
+                break
         for splits in self._splits(len(limits)):
             if fits(ledger, splits - len(limits)):
                 yield f"splits={splits} on as many devices"

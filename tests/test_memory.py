@@ -199,6 +199,36 @@ def test_sized_is_the_peak():
         assert size.stash(4) == (5 * size.batch + 4 * size.copies)
 
 
+def test_each_use_of_a_layer_makes_a_gradient():
+    """They are all there until they are added up."""
+    inputs = h = keras.Input((4,))
+    layer = layers.Dense(4)
+    for _ in range(3):
+        h = layer(h)
+    ledger = ledger_of(trace_graph(keras.Model(inputs, h)))
+    weights = 4 * (16 + 4)
+    size = ledger.sized(0, 3)
+    assert (size.weights, size.gradients) == (weights, 3 * weights)
+    value = 4 * BATCH * 4
+    # Of a value that passes through the layer twice there is no more.
+    assert size.peak(0) == weights * (1 + 1 + 3) + 3 * value + 2 * value
+
+
+def test_what_a_forward_needs_by_itself_is_counted():
+    """And no backward reads."""
+    inputs = keras.Input((4,))
+    h = layers.Dense(4)(inputs)
+    h = layers.Lambda(_quantize, output_shape=(4,))(h)
+    ledger = ledger_of(trace_graph(keras.Model(inputs, layers.Dense(4)(h))))
+    assert ledger.sized(1, 2).running >= 4 * BATCH * 4 * 512
+
+
+def _quantize(x):
+    """Straight through, as vector quantizers have it."""
+    wide = keras.ops.sin(keras.ops.tile(keras.ops.stop_gradient(x), (1, 512)))
+    return x + keras.ops.max(wide, axis=-1, keepdims=True)
+
+
 def test_no_limit_is_no_limit():
     graph = chain()
     room = Room(ledger_of(graph), legal_ends(graph, 2), 2, None)
@@ -299,7 +329,7 @@ def test_stages_of_one_device_share_its_limit():
     for k in range(3):
         np.testing.assert_array_equal(shared.excess(k, 3), apart.excess(k, 3))
     text = Room(ledger, ends, 3, 60, ["b", "a", "a"]).refusal()
-    assert "its device has 2 stages" in text
+    assert "each of 2 stages of its device" in text
     assert "splits=" not in text
 
 

@@ -895,7 +895,7 @@ def test_a_limit_is_that_of_a_device():
         model, 4, 8, devices, measure=False, memory_limit=limit
     )
     assert max(used(held)) <= limit
-    with pytest.raises(ValueError, match="its device has 2 stages"):
+    with pytest.raises(ValueError, match="each of 2 stages of its device"):
         fdg_keras.plan(
             model, 4, 8, devices, measure=False, memory_limit=0.5 * limit
         )
@@ -1273,7 +1273,7 @@ def test_a_limit_that_stages_share_with_the_model():
 
     limit = int(1.05 * plan())
     assert plan(limit) <= limit
-    with pytest.raises(ValueError, match="its device has 2 stages"):
+    with pytest.raises(ValueError, match="each of 2 stages of its device"):
         plan(0.5 * limit)
 
 
@@ -1286,6 +1286,25 @@ def test_a_model_of_one_batch_size_is_refused_as_others():
     with pytest.raises(ValueError, match="does not fit") as refused:
         fdg_keras.plan(model, 2, 16, measure=False, memory_limit=100)
     assert "batch_size=" not in str(refused.value)
+
+
+def test_a_model_of_some_batch_sizes_is_proposed_one_of_them():
+    """Of 32, 16, 8, 4, 2 and 1 it can have three."""
+    inputs = keras.Input((8,))
+    h = keras.ops.reshape(layers.Dense(64)(inputs), (-1, 8, 64))
+    h = layers.Dense(64)(keras.ops.reshape(h, (-1, 64)))
+    model = _compiled(keras.Model(inputs, layers.Dense(3)(h)))
+
+    def plan(batch, limit=None):
+        found = fdg_keras.plan(
+            model, 2, batch, measure=False, memory_limit=limit
+        )
+        return max(stage.peak_bytes for stage in found.stages)
+
+    limit = 1.05 * plan(32)
+    with pytest.raises(ValueError, match="batch_size=32"):
+        plan(64, limit)
+    assert plan(32, limit) <= limit
 
 
 def test_numpy_numbers_become_json():
