@@ -115,6 +115,7 @@ def test_plan():
         "step_s",
         "whole_s",
         "measured_step_s",
+        "measured_on",
         "notes",
         "advice",
     ]
