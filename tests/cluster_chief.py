@@ -181,10 +181,7 @@ def tracing(devices, settings):
     model.compile("sgd", "sparse_categorical_crossentropy")
     layer.command = settings["command"]
     try:
-        if settings["stages"]:
-            fit(model, devices)
-        else:
-            model.fit(X, Y, verbose=0)
+        model.fit(X, Y, verbose=0)  # Keras' own, without stages
     except Exception as error:
         told = {"error": type(error).__name__, "message": str(error)}
     say(

@@ -179,23 +179,18 @@ def test_a_worker_is_frozen(workers, tmp_path, after):
     assert_same(found, after(1))
 
 
-@pytest.mark.parametrize("stages", [True, False])
-def test_a_worker_is_frozen_while_python_waits_for_it(workers, stages):
+def test_a_worker_is_frozen_while_python_waits_for_it(workers):
     """TensorFlow tells it of functions, and lets no other thread run."""
     code, said, err = run_chief(
         "tracing",
         workers.addresses,
         timeout_s=TIMEOUT_S,
-        stages=stages,
         command=f"kill -STOP {workers.processes[1].pid}",
     )
     assert code == 0, err
-    assert said[-1]["seconds"] < 30
+    assert said[-1]["error"] == "UnavailableError"
+    assert TIMEOUT_S < said[-1]["seconds"] < 30
     assert said[-1]["threads"] == ["MainThread"]
-    if stages:
-        assert_lost(said[-1], 1, 1, "")
-    else:
-        assert said[-1]["error"] == "UnavailableError"
 
 
 def test_a_worker_is_told_to_end(workers, tmp_path, after):

@@ -17,6 +17,8 @@ ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "-1",
     "TF_CPP_MIN_LOG_LEVEL": "2",
     "PYTHONPATH": str(ROOT),
+    # A crash says where.
+    "PYTHONFAULTHANDLER": "1",
 }
 
 
