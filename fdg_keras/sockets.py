@@ -223,13 +223,7 @@ def _own_sockets() -> Iterator[socket.socket]:
         # It may be something else, or be closed meanwhile.
         with contextlib.suppress(OSError):
             duplicate = os.dup(int(name))
-            try:
-                found = socket.socket(fileno=duplicate)
-            except OSError:
-                os.close(duplicate)
-                continue
-            with found:
-                yield found
+            yield from _opened(duplicate)
 
 
 def _sockets_of(process: int) -> Iterator[socket.socket]:
@@ -248,12 +242,17 @@ def _sockets_of(process: int) -> Iterator[socket.socket]:
                 if number == errno.EBADF:
                     continue  # It was closed meanwhile.
                 raise OSError(number, os.strerror(number))
-            try:
-                found = socket.socket(fileno=duplicate)
-            except OSError:
-                os.close(duplicate)
-                continue
-            with found:
-                yield found
+            yield from _opened(duplicate)
     finally:
         os.close(handle)
+
+
+def _opened(file: int) -> Iterator[socket.socket]:
+    """Yields an open file if it is a socket; closes it in any case."""
+    try:
+        found = socket.socket(fileno=file)
+    except OSError:
+        os.close(file)
+        return
+    with found:
+        yield found
