@@ -210,7 +210,7 @@ def test_each_use_of_a_layer_makes_a_gradient():
     size = ledger.sized(0, 3)
     assert (size.weights, size.gradients) == (weights, 3 * weights)
     value = 4 * BATCH * 4
-    # Of a value that passes through the layer twice there is no more.
+    # What the calls read, and gradients of an output and an input.
     assert size.peak(0) == weights * (1 + 1 + 3) + 3 * value + 2 * value
 
 

@@ -142,9 +142,6 @@ from fdg_keras import sockets
 end = ("127.0.0.1", int(sys.argv[1]))
 found = socket.create_connection(end)
 found.settimeout(30)
-"""
-
-BY_ANOTHER = """
 sockets.allow(os.getppid())
 print(os.getpid(), flush=True)
 print(found.recv(1))
@@ -154,7 +151,7 @@ print(found.recv(1))
 def test_another_process_is_cut_off():
     with listening() as (end, _):
         process = subprocess.Popen(
-            [sys.executable, "-c", CONNECTED + BY_ANOTHER, str(end[1])],
+            [sys.executable, "-c", CONNECTED, str(end[1])],
             env=ENVIRONMENT,
             stdout=subprocess.PIPE,
             text=True,
