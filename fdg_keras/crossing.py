@@ -105,6 +105,7 @@ class Crossing:
         self._given = given
         self._constant = constant
         self.forward = {*forward, *self._shapes(forward)}
+        self._sized: dict[int, dict[str, int | None]] = {}
 
     def _shapes(self, forward: Collection[str]) -> list[str]:
         """Returns what only asks the forward for shapes, and may join it."""
@@ -188,10 +189,12 @@ class Crossing:
         ).kept
 
     def _sizes(self, batch_size: int) -> dict[str, int | None]:
-        arguments = [*self._weights, *self._state, *self._inputs]
-        return tensor_bytes(
-            self._graph, arguments, self._operations(), batch_size
-        )
+        if batch_size not in self._sized:
+            arguments = [*self._weights, *self._state, *self._inputs]
+            self._sized[batch_size] = tensor_bytes(
+                self._graph, arguments, self._operations(), batch_size
+            )
+        return self._sized[batch_size]
 
     def stash_bytes(self, stash: Stash, batch_size: int) -> StashBytes:
         """Returns how many bytes a stash takes.
@@ -293,15 +296,17 @@ class Kept:
 
 def kept_by(
     crossing: Crossing | None,
+    stash: Stash,
     weights: Sequence[tf.Tensor],
     inputs: Sequence[tf.Tensor],
     outputs: Sequence[tf.Tensor],
     batch_size: int,
 ) -> Kept:
-    """Returns what `"exact"` keeps, and whose memory it is.
+    """Returns what is kept, and whose memory it is.
 
     Args:
         crossing: `None` if there is no backward.
+        stash: The stash mode.
         weights: Of the forward.
         inputs: Likewise.
         outputs: Likewise.
@@ -309,7 +314,7 @@ def kept_by(
     """
     found: dict[str, int | None] = {}
     if crossing is not None:
-        found = crossing.owners("exact", batch_size)
+        found = crossing.owners(stash, batch_size)
     made = [recompute.owner(t).name for t in outputs]
     given = [t.name for t in inputs]
     named = {*given, *made, *(t.name for t in weights)}

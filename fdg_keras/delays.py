@@ -75,6 +75,17 @@ def link_capacity(delay: int) -> int:
     return delay + 1
 
 
+def fed_ahead(stage: int, splits: int, delay: int) -> int:
+    """Returns how many batches of inputs wait for a stage at most.
+
+    Stage 0 runs d_0 - d_k batches ahead of stage k. Beside them the batches
+    of two parts of a window are fed, one that is run and one that waits (see
+    `feeding`): two batches, unless several are run within a tenth of a second.
+    """
+    ahead = stage_delay(0, splits, delay) - stage_delay(stage, splits, delay)
+    return ahead + 2
+
+
 def turns(start: int, stop: int, late: int, last: bool) -> Turns:
     """Splits the ticks `start <= t < stop` of one stage into kinds.
 

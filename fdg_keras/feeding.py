@@ -23,6 +23,8 @@ _PART_S = 0.1
 # Calling a stage on another machine takes milliseconds, in which it rests.
 _PART_FAR_AWAY_S = 1.0
 _LONGEST_PART = 4096
+# Nor does a part have more bytes, unless one batch has: two of them wait.
+_PART_BYTES = 32 * 2**20
 
 
 class Part(NamedTuple):
@@ -165,7 +167,7 @@ class Feeder:
             if self._limit is not None:
                 stop = min(stop, self._limit)
             while self._position < stop:
-                wanted = min(self._pace.part, stop - self._position)
+                wanted = min(self._part(), stop - self._position)
                 # Stage 0 runs `late` batches ahead of the last one. Beside
                 # them one part is being run, and another one waits.
                 while self._position - finished > late + wanted:
@@ -180,6 +182,12 @@ class Feeder:
                     return
         # No more orders: all that is left to do is to drain.
         self._announce(None, True, True)
+
+    def _part(self) -> int:
+        """Returns the batches of the next part."""
+        size = self._pipeline.feed.batch_bytes
+        most = 1 if size is None else max(_PART_BYTES // max(size, 1), 1)
+        return min(self._pace.part, most)
 
     def _feed(self, wanted: int) -> int:
         """Moves batches into the links; returns how many there were."""

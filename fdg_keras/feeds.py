@@ -27,6 +27,8 @@ class Feed:
         # For each device that iterators are on.
         self._loops: dict[str | None, tuple[tf.Variable, Any]] = {}
         self._moved: tf.Variable | None = None
+        #: Bytes of a batch; `None` before the first one.
+        self.batch_bytes: int | None = None
 
     def __call__(self, iterator: Any, count: int) -> int:
         """Moves up to `count` batches; returns how many there were.
@@ -37,18 +39,22 @@ class Feed:
         if device not in self._loops:
             self._loops[device] = self._trace(iterator, device)
         self._moved, loop = self._loops[device]
-        self._moved.assign(0)
-        return int(loop(iterator, tf.constant(count)))
+        self._moved.assign([0, 0])
+        found = int(loop(iterator, tf.constant(count)))
+        if found and self.batch_bytes is None:
+            self.batch_bytes = int(self._moved[1]) // found
+        return found
 
     def moved(self) -> int:
         """Returns how many batches the last call has moved, done or not."""
-        return 0 if self._moved is None else int(self._moved)
+        return 0 if self._moved is None else int(self._moved[0])
 
     def _trace(
         self, iterator: Any, device: str | None
     ) -> tuple[tf.Variable, Any]:
         with tf.device(device):
-            moved = tf.Variable(0, dtype=tf.int64, trainable=False)
+            # Batches, and their bytes.
+            moved = tf.Variable([0, 0], dtype=tf.int64, trainable=False)
 
         def move(iterator: Any, count: tf.Tensor) -> tf.Tensor:
             with tf.device(device):
@@ -90,6 +96,13 @@ class Feed:
         if self._targets is not None:
             done += self._targets.enqueue(list(targets))
         with tf.control_dependencies(done):
-            done = [total.assign_add(1, read_value=False)]
+            size = sum(map(_bytes, tf.nest.flatten(element)))
+            done = [total.assign_add([1, size], read_value=False)]
         with tf.control_dependencies(done):
             return tf.constant(1)
+
+
+def _bytes(tensor: tf.Tensor) -> Any:
+    if tensor.dtype == tf.string:
+        return 0  # They are no tensors' memory.
+    return tf.size(tensor, tf.int64) * tensor.dtype.size

@@ -238,11 +238,13 @@ class Linearized:
             fetches, inputs, before, sizes, (), in_place=recompute.CHEAP
         )
 
-    def kept(self, batch_size: int) -> Kept:
-        """Returns what `stash="exact"` keeps, after `cut`, and where it is."""
+    def kept(self, stash: Stash, batch_size: int) -> Kept:
+        """Returns what is kept, after `cut`, and where it is."""
         weights, _, inputs = self._arguments
         outputs = self._result.outputs
-        return kept_by(self._crossing, weights, inputs, outputs, batch_size)
+        return kept_by(
+            self._crossing, stash, weights, inputs, outputs, batch_size
+        )
 
     def _constant(self, by_weights: list) -> set[str]:
         """Returns the names of arguments that training does not change."""

@@ -11,7 +11,14 @@ from fdg_keras import delays
 from fdg_keras.costs import crossing, passing
 from fdg_keras.crossing import OF_THE_FORWARD, Stash
 from fdg_keras.profiling import Profiler, needs_gradient
-from fdg_keras.reads import by_first_node_of, by_last_node, inputs_read, reads
+from fdg_keras.reads import (
+    by_first_node_of,
+    by_last_node,
+    fed,
+    inputs_read,
+    reads,
+    reads_if_cheap_runs_again,
+)
 from fdg_keras.resources import StageBytes
 from fdg_keras.specs import size_of
 
@@ -24,13 +31,15 @@ class Ledger:
     kept once, and it is kept by each stage that reads it. With `"replay"` only
     inputs are kept, if anything that the backward reads depends on them; the
     rest comes back while it runs. What `"selective"` keeps is not a sum over
-    nodes: it is counted as `"exact"`, which is more.
+    nodes: what is counted is that all that is cheap is computed again, or
+    nothing, whichever is less.
 
     Args:
         profiler: Of the model's nodes, for a batch.
         delay: Batches of delay per hop.
         stash: The stash mode.
         slots: Bytes of the optimizer's slots for a byte of trainable weights.
+        of_loss: Bytes that the loss has at once, of the outputs of a sample.
     """
 
     def __init__(
@@ -39,18 +48,23 @@ class Ledger:
         delay: int,
         stash: Stash,
         slots: float,
+        of_loss: float = 0.0,
     ):
         self._profiler, self._delay = profiler, delay
-        self._stash, self._slots = stash, slots
+        self._stash, self._slots, self._of_loss = stash, slots, of_loss
         graph, profiles = profiler.graph, profiler.untimed()
         self._profiles, sizes = profiles, profiler.sizes
         needed = needs_gradient(graph)
+        # What is kept; and what a backward makes again, or reads in all.
+        self._kept = reads(graph, profiles, sizes, made_within=False)
+        self._again = self._read = self._kept[:0]
         if stash == "replay":
             self._kept = inputs_read(graph, profiles, sizes)
             self._again = reads(graph, profiles, sizes, made_within=True)
-        else:
-            self._kept = reads(graph, profiles, sizes, made_within=False)
-            self._again = self._kept[:0]
+        elif stash == "selective":
+            self._read = self._kept
+            self._kept = reads_if_cheap_runs_again(graph, profiles, sizes)
+        self._fed = fed(graph, sizes)
         trainable = [node.trainable_variables for node in graph.nodes]
         #: Bytes of trainable weights, by the first node that uses them.
         self.weights: np.ndarray = _by_first_node(trainable)
@@ -84,6 +98,9 @@ class Ledger:
         self._running = passing(graph, gradients) + [
             found.running_bytes for found in profiles
         ]
+        # The loss runs between the last node's forward and its backward.
+        loss = of_loss * profiler.batch_size
+        self._running[-1] = max(self._running[-1], loss)
 
     def otherwise(
         self, stash: Stash, batch_size: int | None = None
@@ -98,7 +115,7 @@ class Ledger:
             ValueError: If the model cannot have such batches.
         """
         profiler = self._profiler.of_batch(batch_size or self.batch_size)
-        return Ledger(profiler, self._delay, stash, self._slots)
+        return Ledger(profiler, self._delay, stash, self._slots, self._of_loss)
 
     @property
     def stash(self) -> Stash:
@@ -134,15 +151,17 @@ class Ledger:
             stop: The one after its last node.
         """
         last = stop - 1
+        kept, again = self._stashes(start)
         return StageBytes(
-            batch=int(self.stashed(start)[last]),
-            again=int(self._made_again(start)[last]),
+            batch=int(kept[last]),
+            again=int(again[last]),
             copies=int(_since(self._copies, start)[last]),
             weights=int(_since(self.weights, start)[last]),
             gradients=int(_since(self._gradients, start)[last]),
             slots=int(self._slots * _since(self.weights, start)[last]),
             state=int(_since(self._state, start)[last]),
             links=int(self._links(start)[last]),
+            fed=int(self._inputs(start)[last]),
             returned=int(self.returned[last]),
             running=int(self._running[start:stop].max()),
         )
@@ -156,44 +175,60 @@ class Ledger:
         Returns:
             `[nodes]`, by its last node; nothing before `start`.
         """
-        return by_last_node(self._kept, start, len(self._running))
+        return self._stashes(start)[0]
 
-    def _made_again(self, start: int) -> np.ndarray:
-        """Returns bytes that a replaying backward has beside its inputs."""
-        return by_last_node(self._again, start, len(self._running))
+    def _stashes(self, start: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns bytes that are kept, and that a backward makes again."""
+        tables = self._kept, self._again, self._read
+        count = len(self._running)
+        return self._chosen(*(by_last_node(t, start, count) for t in tables))
+
+    def _chosen(
+        self, kept: np.ndarray, again: np.ndarray, read: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        if self._stash == "selective":
+            kept = np.minimum(kept, read)
+            again = read - kept
+        return kept, again
 
     def _links(self, start: int) -> np.ndarray:
         sent = self.sent[start - 1] if start else 0.0
         return delays.link_capacity(self._delay) * (self.returned + sent)
 
-    def peak(self, start: int, late: int) -> np.ndarray:
+    def _inputs(self, start: int) -> np.ndarray:
+        return by_last_node(self._fed, start, len(self._running))
+
+    def peak(self, start: int, late: int, ahead: int) -> np.ndarray:
         """Returns all bytes that a stage holds at most, in a backward.
 
         Weights, their gradients, slots and state; the stash, and of a batch
-        what the backward makes again; links in both directions; and the
-        largest node, while it runs.
+        what the backward makes again; links in both directions; inputs that
+        wait; and the largest node, while it runs.
 
         Args:
             start: The stage's first node.
             late: Its delay d_k, in batches.
+            ahead: How many batches of inputs wait for it.
 
         Returns:
             `[nodes]`, by its last node; nothing before `start`.
         """
         running = self._running.copy()
         running[:start] = 0.0
+        kept, again = self._stashes(start)
         return (
             _since(self.resting + self._gradients, start)
-            + (late + 1) * self.stashed(start)
+            + (late + 1) * kept
             + late * _since(self._copies, start)
-            + self._made_again(start)
+            + again
             + self._links(start)
+            + ahead * self._inputs(start)
             + np.maximum.accumulate(running)
         )
 
     def columns(
         self, starts: np.ndarray, stops: Sequence[int]
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Yields the peaks of stages that end at a node, for each such node.
 
         The same as `peak`, by the first node instead of the last: a table for
@@ -204,8 +239,9 @@ class Ledger:
             stops: Last nodes of stages, in order.
 
         Yields:
-            `[starts]` twice: bytes without delay, and how many each batch of
-            delay adds. They hold for starts that are not after the stop.
+            `[starts]` three times: bytes without delay, and how many each
+            batch of delay adds, and each batch of inputs that waits. They hold
+            for starts that are not after the stop.
         """
         count = len(self._running)
         there = self.resting + self._gradients
@@ -215,9 +251,11 @@ class Ledger:
         )
         capacity = delays.link_capacity(self._delay)
         sent = np.concatenate([[0.0], self.sent])[starts]
-        kept, again = (
-            by_first_node_of(table, count, stops)
-            for table in (self._kept, self._again)
+        tables = zip(
+            *(
+                by_first_node_of(table, count, stops)
+                for table in (self._kept, self._again, self._read, self._fed)
+            )
         )
         running = np.zeros(count)
         before = 0
@@ -226,15 +264,17 @@ class Ledger:
                 here = running[: node + 1]
                 np.maximum(here, self._running[node], out=here)
             before = stop + 1
-            stashed = next(kept)[starts]
+            *found, inputs = (each[starts] for each in next(tables))
+            kept, again = self._chosen(*found)
             yield (
                 done[stop + 1]
                 - done[starts]
-                + stashed
-                + next(again)[starts]
+                + kept
+                + again
                 + capacity * (self.returned[stop] + sent)
                 + running[starts],
-                stashed + copied[stop + 1] - copied[starts],
+                kept + copied[stop + 1] - copied[starts],
+                inputs,
             )
 
 

@@ -12,16 +12,17 @@ import numpy as np
 
 from fdg_keras import durations
 from fdg_keras.crossing import Stash, StashBytes
-from fdg_keras.delays import stage_delay
+from fdg_keras.delays import fed_ahead, stage_delay
 from fdg_keras.expectations import assumptions, expected
 from fdg_keras.homes import Home
+from fdg_keras.loss_bytes import loss_bytes
 from fdg_keras.memory import Ledger
 from fdg_keras.placement import is_here, resolve_devices
 from fdg_keras.planning import balance, estimates, legal_ends, make_plan
 from fdg_keras.plans import Plan
 from fdg_keras.profiling import description
 from fdg_keras.resources import StageBytes
-from fdg_keras.room import Room, check_limit
+from fdg_keras.room import Room, check_limit, holds
 from fdg_keras.slicing import Graph, cut_graph, trace_graph
 from fdg_keras.stage_plans import StagePlan
 from fdg_keras.stashes import traced_stashes
@@ -67,7 +68,7 @@ def plan(
             with 0, stages take turns, and the pace is that of all together.
         stash: The stash mode, likewise, and for the time of its backward.
             What `"selective"` keeps is known of whole stages only: cuts are
-            chosen, and held to `memory_limit`, as for `"exact"`, which holds
+            held to `memory_limit` by a count of layers, which may be somewhat
             more; the bytes of the plan are its own. Of the time that it spends
             on running operations again, that of layers is counted of which all
             are cheap; not, say, of the activation of a dense layer.
@@ -105,7 +106,7 @@ def plan(
     with Watch(names):  # Workers may be lost while they measure.
         return _plan(
             graph,
-            getattr(model, "optimizer", None),
+            model,
             ends,
             names,
             int(delay),
@@ -117,7 +118,7 @@ def plan(
 
 def _plan(
     graph: Graph,
-    optimizer: keras.optimizers.Optimizer | None,
+    model: keras.Model,
     ends: np.ndarray,
     names: Sequence[str],
     delay: int,
@@ -127,6 +128,7 @@ def _plan(
 ) -> Plan:
     """Makes a plan of what has been checked; `settings` as of `Kind`."""
     batch_size, _, measure, _ = settings
+    optimizer = getattr(model, "optimizer", None)
 
     # ---- The best cuts that fit, as far as is known without running ------
     kinds: dict[str, durations.Kind] = {}
@@ -137,12 +139,20 @@ def _plan(
             )
     kind_of = [kinds[description(name)] for name in names]
     first = kind_of[0]
-    ledger = Ledger(first.profiler, delay, stash, first.slots)
+    outputs = [first.profiler.specs[value] for value in graph.outputs]
+    of_loss = loss_bytes(model, outputs) / batch_size
+    ledger = Ledger(first.profiler, delay, stash, first.slots, of_loss)
     home = Home(graph, names, ledger.resting)
-    room = Room(ledger, ends, len(names), memory_limit, names, home)
-    cuts = balance(ends, *estimates(graph, len(names)), room.excess)
-    if cuts is None:
-        raise ValueError(room.refusal())
+
+    def cut(counted: Ledger, costs: tuple[np.ndarray, np.ndarray]) -> list[int]:
+        room = Room(counted, ends, len(names), memory_limit, names, home)
+        cuts = balance(ends, *costs, room.excess)
+        if cuts is None:
+            raise ValueError(room.refusal())
+        return cuts
+
+    costs = estimates(graph, len(names))
+    cuts = cut(ledger, costs)
 
     # ---- The best by what nodes and cuts take ----------------------------
     if measure:
@@ -151,11 +161,16 @@ def _plan(
         times = durations.Times(
             kind_of, ledger, durations.handing_over(names, ledger)
         )
-        cuts = balance(ends, times.nodes, times.paid, room.excess)
-        assert cuts is not None  # as some fit
+        costs = times.nodes, times.paid
+        cuts = cut(ledger, costs)
 
     # ---- What they come to ----------------------------------------------
     stages = _stages(graph, ledger, home, cuts, names)
+    if stash == "selective" and not holds(memory_limit, stages):
+        # Now and then it keeps a little more of a whole stage than of its
+        # layers, but never more than "exact".
+        cuts = cut(ledger.otherwise("exact"), costs)
+        stages = _stages(graph, ledger, home, cuts, names)
     edges = list(
         itertools.pairwise([0, *(p + 1 for p in cuts), len(graph.nodes)])
     )
@@ -207,6 +222,7 @@ def _stages(
             size,
             ledger.sent[end - 1],
             stage_delay(k, len(names), ledger.delay),
+            fed_ahead(k, len(names), ledger.delay),
         )
         for k, (stage, size, end) in enumerate(
             zip(bare.stages, sizes, starts[1:])
@@ -214,27 +230,27 @@ def _stages(
     ]
 
 
-def _selective(exact: StageBytes, kept: StashBytes) -> StageBytes:
-    """Returns a stage with what `"selective"` keeps instead of `"exact"`.
+def _selective(counted: StageBytes, kept: StashBytes) -> StageBytes:
+    """Returns a stage with what `"selective"` really keeps.
 
     The rest of the batch comes back in its backward.
     """
     return dataclasses.replace(
-        exact,
+        counted,
         batch=kept.batch,
-        again=max(exact.batch - kept.batch, 0),
+        again=max(counted.batch + counted.again - kept.batch, 0),
         copies=kept.weights,
     )
 
 
 def _sized(
-    stage: StagePlan, size: StageBytes, sent: float, late: int
+    stage: StagePlan, size: StageBytes, sent: float, late: int, ahead: int
 ) -> StagePlan:
     return dataclasses.replace(
         stage,
         sends_bytes=int(sent),
         stash_bytes=size.stash(late),
-        peak_bytes=size.peak(late),
+        peak_bytes=size.peak(late, ahead),
         bytes=size,
     )
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from PIL import Image
 
+from fdg_keras.delays import fed_ahead
 from fdg_keras.plan_pictures import Bar, draw
 from fdg_keras.plan_records import VERSION, check_plan
 from fdg_keras.resources import Cost, StageBytes
@@ -118,7 +119,7 @@ class Plan:
         found = []
         returned = 0
         replays = self.stash == "replay"
-        for stage in self.stages:
+        for k, stage in enumerate(self.stages):
             size = stage.bytes
             if size is None or stage.forward_s is None:
                 raise ValueError(
@@ -126,6 +127,7 @@ class Plan:
                     "makes it. Received: a plan without times"
                 )
             again_s = stage.again_s or 0.0
+            waiting = fed_ahead(k, len(self.stages), self.delay or 0) * size.fed
             backward_s = (stage.backward_s or 0.0) - (stage.returns_s or 0.0)
             found.append(
                 Cost(
@@ -139,6 +141,7 @@ class Plan:
                     slots=size.slots
                     + size.state
                     + size.home
+                    + waiting
                     + size.gradients
                     - size.weights,
                     again_s=again_s,

@@ -27,6 +27,10 @@ class Profile:
         keeps_outputs: Likewise for each output.
         keeps_weights: Likewise for each trainable variable.
         keeps_bytes: What else the backward reads.
+        selects_inputs: For each distinct input whether `stash="selective"`
+            keeps it for that, were the node a stage.
+        selects_outputs: Likewise for each output.
+        selects_bytes: What else it keeps.
         views: For each output which distinct input it is in another shape, if
             it is one: both are the same memory.
         running_bytes: What the forward, or the backward, has at once beside
@@ -46,6 +50,9 @@ class Profile:
     keeps_outputs: tuple[bool, ...]
     keeps_weights: tuple[bool, ...]
     keeps_bytes: int
+    selects_inputs: tuple[bool, ...]
+    selects_outputs: tuple[bool, ...]
+    selects_bytes: int
     running_bytes: int
     views: tuple[int | None, ...]
     unsized: int
@@ -124,12 +131,15 @@ def _is_right(found: Profile, inputs: int, outputs: int, weights: int) -> bool:
             _is_count(count)
             for count in (
                 found.keeps_bytes,
+                found.selects_bytes,
                 found.running_bytes,
                 found.unsized,
             )
         )
         and _are(found.keeps_inputs, inputs, (False, True))
         and _are(found.keeps_outputs, outputs, (False, True))
+        and _are(found.selects_inputs, inputs, (False, True))
+        and _are(found.selects_outputs, outputs, (False, True))
         and _are(found.keeps_weights, weights, (False, True))
         and _are(found.views, outputs, indices)
         and isinstance(found.cheap, bool)

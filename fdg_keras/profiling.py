@@ -193,7 +193,8 @@ class _Piece:
         self._stage, self._specs = stage, specs
         self._name, self._batch_size = node.name, batch_size
         self._floating = floating
-        kept = stage.kept(batch_size)
+        kept = stage.kept("exact", batch_size)
+        selected = stage.kept("selective", batch_size)
         replayed = stage.stash_bytes("replay", batch_size)
         #: What is known without measuring.
         self.untimed = Profile(
@@ -210,6 +211,9 @@ class _Piece:
                 for v in node.trainable_variables
             ),
             keeps_bytes=kept.other_bytes,
+            selects_inputs=selected.inputs,
+            selects_outputs=selected.outputs[: len(node.outputs)],
+            selects_bytes=selected.other_bytes,
             running_bytes=stage.running_bytes(batch_size),
             views=kept.views[: len(node.outputs)],
             unsized=kept.unsized,

@@ -1,5 +1,6 @@
 """What the backwards of a stage read, for any stage: tables of nodes' reads."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -57,6 +58,83 @@ def reads(
     return np.array(rows, int).reshape(-1, 4)
 
 
+def reads_if_cheap_runs_again(
+    graph: Graph, profiles: Sequence[Profile], sizes: Sequence[int]
+) -> np.ndarray:
+    """Returns what is kept if all nodes that are cheap run again.
+
+    Of other nodes what `"selective"` keeps of each by itself, and a stage's
+    inputs, as far as what is read is made of them. `"selective"` looks at all
+    operations of a stage together, and at whether it pays: that is less in most
+    stages, or a little more.
+
+    Arguments and result as of `reads`.
+    """
+    rows: list[tuple[int, int, int, int]] = []
+    made: dict[int, int] = {}
+    done: dict[int, int] = {}  # until when a value is kept
+    same: dict[int, int] = {}
+
+    def keep(at: int, value: int) -> None:
+        left = [(value, at)]
+        while left:
+            value, until = left.pop()
+            value = same.get(value, value)
+            maker = made.get(value, -1)
+            again = maker >= 0 and profiles[maker].cheap
+            # Of a stage that begins behind its maker it is an input.
+            after = maker if again else -1
+            if done.get(value, -1) >= until:
+                continue
+            if after < until:
+                after = max(after, done.get(value, -1))
+                rows.append((at, sizes[value], after, until))
+            if again:
+                read = graph.nodes[maker].inputs
+                left += [(one, min(until, maker)) for one in read]
+            done[value] = until
+
+    for position, (node, found) in enumerate(zip(graph.nodes, profiles)):
+        inputs = list(dict.fromkeys(node.inputs))
+        for value, of in zip(node.outputs, found.views):
+            if of is not None:
+                same[value] = same.get(inputs[of], inputs[of])
+        made.update((v, position) for v in node.outputs if v not in same)
+        if found.cheap:
+            makes = any(found.keeps_outputs) or found.keeps_bytes > 0
+            for value, keeps in zip(inputs, found.keeps_inputs):
+                if keeps or makes:
+                    keep(position, value)
+            continue
+        for value, keeps in zip(inputs, found.selects_inputs):
+            if keeps:
+                keep(position, value)
+        for value, keeps in zip(node.outputs, found.selects_outputs):
+            if keeps:
+                keep(position, value)
+        rows.append((position, found.selects_bytes, -1, position))
+    return np.array(rows, int).reshape(-1, 4)
+
+
+def fed(graph: Graph, sizes: Sequence[int]) -> np.ndarray:
+    """Returns which of the model's inputs nodes read, as rows of a table.
+
+    Args:
+        graph: The model.
+        sizes: Of its values, in bytes.
+
+    Returns:
+        `[reads, 4]`, as of `reads`: each stage is fed what it reads.
+    """
+    rows = []
+    last: dict[int, int] = {}
+    for position, node in enumerate(graph.nodes):
+        for value in {*node.inputs} & {*graph.inputs}:
+            rows.append((position, sizes[value], last.get(value, -1), position))
+            last[value] = position
+    return np.array(rows, int).reshape(-1, 4)
+
+
 def inputs_read(
     graph: Graph, profiles: Sequence[Profile], sizes: Sequence[int]
 ) -> np.ndarray:
@@ -108,6 +186,9 @@ def by_first_node_of(
     table: np.ndarray, count: int, stops: Sequence[int]
 ) -> Iterator[np.ndarray]:
     """Yields bytes `[nodes]` of stages from each node to a stop."""
+    if not len(table):
+        yield from itertools.repeat(np.zeros(count), len(stops))
+        return
     at, sizes, after, until = table.T
     changes = np.zeros(count + 1)  # from each node to the next
     done = 0

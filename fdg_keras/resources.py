@@ -79,6 +79,7 @@ class StageBytes:
         slots: Of the optimizer.
         state: All other variables.
         links: What fits in the two links that it reads.
+        fed: A batch of those of the model's inputs that it reads.
         returned: A batch's gradients over the cut after it.
         running: What passes have at once beside that, where they have most:
             gradients, and whatever else a layer computes with.
@@ -94,6 +95,7 @@ class StageBytes:
     slots: int
     state: int
     links: int
+    fed: int
     returned: int
     running: int
     home: int = 0
@@ -106,14 +108,15 @@ class StageBytes:
         """
         return (late + 1) * self.batch + late * self.copies
 
-    def peak(self, late: int) -> int:
+    def peak(self, late: int, ahead: int) -> int:
         """Returns all that a stage holds at most, in a backward.
 
         Args:
             late: Likewise.
+            ahead: How many batches of inputs wait for it.
         """
         there = self.weights + self.gradients + self.slots + self.state
-        there += self.links
+        there += self.links + ahead * self.fed
         held = self.stash(late) + self.again + self.running
         return there + held + self.home
 

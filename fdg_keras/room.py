@@ -14,6 +14,7 @@ from fdg_keras.balancing import best_ends
 from fdg_keras.homes import Home
 from fdg_keras.memory import Ledger
 from fdg_keras.resources import Stash
+from fdg_keras.stage_plans import StagePlan
 
 _MIB = 2**20
 
@@ -29,6 +30,21 @@ def check_limit(limit: Any, devices: Sequence[str]) -> None:
     """
     if limit is not None:
         _limits(limit, [devices.count(name) for name in devices])
+
+
+def holds(limit: Any, stages: Sequence[StagePlan]) -> bool:
+    """Whether stages are within a limit, as `Room` takes it."""
+    if limit is None:
+        return True
+    count = len(stages)
+    limits = np.broadcast_to(np.array(limit, float), count)
+    # One number is for all that is on a device.
+    devices = [stage.device for stage in stages]
+    owners = devices if np.ndim(limit) == 0 else list(map(str, range(count)))
+    used: dict[str, int] = {}
+    for owner, stage in zip(owners, stages):
+        used[owner] = used.get(owner, 0) + (stage.peak_bytes or 0)
+    return all(used[o] <= most for o, most in zip(owners, limits))
 
 
 class Room:
@@ -90,8 +106,8 @@ class Room:
         held = ""
         if self._ledger.stash == "selective":
             held = (
-                ' What `stash="selective"` keeps is known of whole stages '
-                'only, so it was counted as `"exact"`, which is more.'
+                ' What `stash="selective"` keeps was counted layer by layer, '
+                "which may be more than it is of whole stages."
             )
         return (
             f"The model does not fit: with the cuts that come closest, stage "
@@ -112,7 +128,7 @@ class Room:
     ) -> Iterator[str]:
         """Yields what would fit, if it alone were otherwise than in a ledger.
 
-        Not `"selective"`: a plan is held to what `"exact"` needs then, too.
+        Not `"selective"`: what it keeps is only known well of whole stages.
         """
 
         def fits(other: Ledger, more: int = 0) -> bool:
@@ -186,11 +202,16 @@ class Room:
         self, ledger: Ledger, limits: Sequence[float]
     ) -> Callable[[int, int], np.ndarray]:
         columns = _Columns(ledger, self._starts, self._ends)
+        splits, delay = len(limits), ledger.delay
+        late, ahead = (
+            [count(k, splits, delay) for k in range(splits)]
+            for count in (delays.stage_delay, delays.fed_ahead)
+        )
 
         def excess(k: int, j: int) -> np.ndarray:
-            late = delays.stage_delay(k, len(limits), ledger.delay)
-            there, each = columns(j)
-            found = there[:j] + late * each[:j] - limits[k]
+            there, each, fed = columns(j)
+            found = there[:j] + late[k] * each[:j] - limits[k]
+            found += ahead[k] * fed[:j]
             if self._home is not None:
                 stop = int(self._ends[j - 1]) + 1
                 found += self._home.charge(k, self._starts[:j], stop)
@@ -206,9 +227,9 @@ class _Columns:
         self._begin = lambda: ledger.columns(starts, [int(e) for e in ends])
         self._columns = self._begin()
         self._at = 0
-        self._last = (starts, starts)
+        self._last = (starts, starts, starts)
 
-    def __call__(self, j: int) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, j: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns the column of the pieces up to j, from 1."""
         if j < self._at:
             self._columns, self._at = self._begin(), 0

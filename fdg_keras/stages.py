@@ -218,9 +218,12 @@ class Stage:
         """
         return self._linearized.stash_bytes(stash, batch_size)
 
-    def kept(self, batch_size: int) -> Kept:
-        """Returns what `stash="exact"` keeps, and where it is, after `cut`."""
-        return self._linearized.kept(batch_size)
+    def kept(self, stash: Stash, batch_size: int) -> Kept:
+        """Returns what is kept, and where it is, after `cut`.
+
+        Arguments as of `stash_bytes`.
+        """
+        return self._linearized.kept(stash, batch_size)
 
     def running_bytes(self, batch_size: int) -> int:
         """Returns the most bytes that passes have at once, after `cut`.

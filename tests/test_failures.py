@@ -532,7 +532,7 @@ def test_failure_in_the_feeder(monkeypatch):
             raise OSError("no more memory")
         return feed(iterator, count)
 
-    bad_feed.moved = lambda: 0
+    bad_feed.moved, bad_feed.batch_bytes = lambda: 0, 1
     monkeypatch.setattr(pipeline, "feed", bad_feed)
     with fails(OSError, "no more memory", "in the feeder, drawing batch"):
         fit(trainer, *data())

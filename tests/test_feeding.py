@@ -1,9 +1,13 @@
 """How long windows and parts are. What is fed, `test_fit.py` shows."""
 
+import keras
+import numpy as np
 import pytest
 
+import fdg_keras
 from fdg_keras import feeding
 from fdg_keras.feeding import Pace
+from fdg_keras.feeds import Feed
 
 
 @pytest.fixture
@@ -71,3 +75,34 @@ def test_an_empty_part_says_nothing(clock):
     pace.start()
     pace.measure(0)
     assert pace.part == 1
+
+
+def test_large_batches_wait_one_by_one(monkeypatch):
+    """However short a tick is: a part has so many bytes at most."""
+    x, y = np.zeros((64, 100), "float32"), np.zeros((64, 1), "float32")
+    model = keras.Sequential(
+        [keras.Input((100,)), *map(keras.layers.Dense, (4, 1))]
+    )
+    model.compile("sgd", "mse")
+    asked = []
+
+    def feed(self, iterator, count, real=Feed.__call__):
+        asked.append(count)
+        return real(self, iterator, count)
+
+    monkeypatch.setattr(Feed, "__call__", feed)
+    trainer = fdg_keras.Trainer(model, 2)
+    trainer.fit(x, y, batch_size=2, epochs=2, verbose=0)
+    assert asked[0] == 1
+    assert max(asked) > 3
+    trainer = fdg_keras.Trainer(model, 2)
+    # Three batches of two samples, and their size as a number.
+    size = 2 * 4 * (100 + 1) + 4
+    monkeypatch.setattr(feeding, "_PART_BYTES", 4 * size - 1)
+    asked.clear()
+    trainer.fit(x, y, batch_size=2, epochs=2, verbose=0)
+    assert max(asked) == 3
+    monkeypatch.setattr(feeding, "_PART_BYTES", 1)
+    asked.clear()
+    trainer.fit(x, y, batch_size=2, verbose=0)
+    assert set(asked) == {1}

@@ -57,6 +57,7 @@ LADDER = [
     "reads",
     "stashes",
     "homes",
+    "loss_bytes",
     "memory",
     "room",
     "expectations",

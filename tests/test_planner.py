@@ -17,7 +17,15 @@ import zoo
 from keras import layers
 
 import fdg_keras
-from fdg_keras import Plan, Trainer, durations, expectations, keys, planner
+from fdg_keras import (
+    Plan,
+    Trainer,
+    durations,
+    expectations,
+    keys,
+    memory,
+    planner,
+)
 from fdg_keras.advice import Measured, with_measured
 from fdg_keras.crossing import STASHES
 from fdg_keras.planning import choose_cuts
@@ -275,7 +283,9 @@ def test_a_user_without_a_home(monkeypatch, tmp_path):
     cache = ProfileCache(None)
     cache.write(
         "key",
-        Profile(0.0, 0.0, 0.0, (), (), (), 0, 0, (), 0, True, True, ()),
+        Profile(
+            0.0, 0.0, 0.0, (), (), (), 0, (), (), 0, 0, (), 0, True, True, ()
+        ),
     )
     assert cache.read("key", 0, 0, 0) is None
     assert not list(tmp_path.iterdir())
@@ -574,7 +584,8 @@ def test_whatever_data_a_layer_keeps_tells_it_apart(pieces, kept):
 
 def test_a_cache_never_fails(tmp_path):
     found = Profile(
-        *(1.0, 2.0, 3.0, (True, False), (False,), (True,), 12, 34, (0,), 1),
+        *(1.0, 2.0, 3.0, (True, False), (False,), (True,), 12),
+        *((True, True), (False,), 10, 34, (0,), 1),
         cheap=False,
         replays=True,
         shapes=((8, None),),
@@ -613,6 +624,9 @@ def test_a_cache_never_fails(tmp_path):
         {"keeps_bytes": "x"},
         {"keeps_bytes": 1.5},
         {"keeps_bytes": 10**25},
+        {"selects_inputs": []},
+        {"selects_outputs": [1]},
+        {"selects_bytes": -1},
         {"views": [7]},
         {"views": []},
         {"views": None},
@@ -876,6 +890,62 @@ def test_a_batch_on_another_axis_is_no_open_size():
     h = keras.ops.transpose(layers.Dense(3)(h), (1, 0, 2))
     model = _compiled(keras.Model(inputs, h))
     assert fdg_keras.plan(model, 2, 8, measure=False).notes == ()
+
+
+def test_selective_has_room_where_exact_has_none():
+    inputs = h = keras.Input((16, 16, 3))
+    for _ in range(4):
+        h = layers.Conv2D(8, 3, padding="same", use_bias=False)(h)
+        h = layers.ReLU()(layers.BatchNormalization()(h))
+    model = _compiled(keras.Model(inputs, layers.Dense(3)(layers.Flatten()(h))))
+
+    def planned(stash, limit=None):
+        return fdg_keras.plan(
+            model, 2, 8, stash=stash, measure=False, memory_limit=limit
+        )
+
+    def peak(plan):
+        return max(stage.peak_bytes for stage in plan.stages)
+
+    limit = (peak(planned("selective")) + peak(planned("exact"))) // 2
+    assert peak(planned("selective", limit)) <= limit
+    with pytest.raises(ValueError, match="does not fit"):
+        planned("exact", 0.5 * peak(planned("selective")))
+    with pytest.raises(ValueError, match="counted layer by layer"):
+        planned("selective", 0.5 * peak(planned("selective")))
+
+
+def test_selective_is_within_its_limit_though_layers_keep_less(monkeypatch):
+    """Of whole stages it keeps a little more, now and then."""
+
+    def too_little(graph, profiles, sizes):
+        return np.zeros([0, 4], int)
+
+    model = network(8)
+    whole, exact = (
+        [
+            stage.peak_bytes
+            for stage in fdg_keras.plan(
+                model, 2, 8, stash=stash, measure=False
+            ).stages
+        ]
+        for stash in ("selective", "exact")
+    )
+    monkeypatch.setattr(memory, "reads_if_cheap_runs_again", too_little)
+    for limit in (max(whole), max(exact)):
+        plan = fdg_keras.plan(
+            model, 2, 8, stash="selective", measure=False, memory_limit=limit
+        )
+        assert max(s.peak_bytes for s in plan.stages) <= limit
+    with pytest.raises(ValueError, match="does not fit"):
+        fdg_keras.plan(
+            model,
+            2,
+            8,
+            stash="selective",
+            measure=False,
+            memory_limit=0.8 * min(max(whole), min(exact)),
+        )
 
 
 def test_a_limit_is_that_of_a_device():
