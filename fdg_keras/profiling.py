@@ -306,11 +306,7 @@ class _Loop:
         start = time.perf_counter()
         self._loop(count).numpy()
         seconds = time.perf_counter() - start
-        processor = time.process_time() - processor
-        if tf.config.threading.get_intra_op_parallelism_threads() == 1:
-            # What is more belongs to threads that look for work, and find none.
-            processor = min(processor, seconds)
-        return seconds, processor
+        return seconds, time.process_time() - processor
 
 
 def _median(profiles: Sequence[Profile]) -> Profile:
