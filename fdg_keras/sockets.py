@@ -136,7 +136,7 @@ def cut_off(ends: Collection[End], process: int | None = None) -> None:
         OSError: If it is not allowed.
     """
     inodes = _inodes(ends)
-    found = _own_sockets() if process is None else _sockets_of(process)
+    found = _own_sockets() if process is None else _sockets_of(process, inodes)
     for one in found:
         if os.fstat(one.fileno()).st_ino in inodes:
             with contextlib.suppress(OSError):
@@ -218,41 +218,52 @@ def _plain(peer: Any) -> End:
 
 
 def _own_sockets() -> Iterator[socket.socket]:
-    """Yields the sockets of this process, whoever opened them."""
+    """Yields the sockets of this process, whoever opened them.
+
+    Not copies: as long as there is a copy of a socket that its owner has
+    closed, the kernel tells its owner of events at something that is gone.
+    """
     for name in os.listdir("/proc/self/fd"):
         # It may be something else, or be closed meanwhile.
         with contextlib.suppress(OSError):
-            duplicate = os.dup(int(name))
-            yield from _opened(duplicate)
+            found = socket.socket(fileno=int(name))
+            try:
+                yield found
+            finally:
+                found.detach()
 
 
-def _sockets_of(process: int) -> Iterator[socket.socket]:
-    """Yields the sockets of another process.
+def _sockets_of(
+    process: int, inodes: Collection[int]
+) -> Iterator[socket.socket]:
+    """Yields copies of those sockets of another process, one at a time.
 
     Raises:
         OSError: If there is no such process, or it does not allow that.
     """
     call = ctypes.CDLL(None, use_errno=True).syscall
     handle = os.pidfd_open(process)
+    wanted = {f"socket:[{inode}]" for inode in inodes}
+    folder = f"/proc/{process}/fd"
     try:
-        for name in os.listdir(f"/proc/{process}/fd"):
-            duplicate = call(_PIDFD_GETFD, handle, int(name), 0)
-            if duplicate < 0:
+        for name in os.listdir(folder):
+            try:
+                if os.readlink(f"{folder}/{name}") not in wanted:
+                    continue
+            except FileNotFoundError:
+                continue  # It was closed meanwhile.
+            copy = call(_PIDFD_GETFD, handle, int(name), 0)
+            if copy < 0:
                 number = ctypes.get_errno()
                 if number == errno.EBADF:
                     continue  # It was closed meanwhile.
                 raise OSError(number, os.strerror(number))
-            yield from _opened(duplicate)
+            try:
+                found = socket.socket(fileno=copy)
+            except OSError:
+                os.close(copy)  # It has become something else.
+                continue
+            with found:
+                yield found
     finally:
         os.close(handle)
-
-
-def _opened(file: int) -> Iterator[socket.socket]:
-    """Yields an open file if it is a socket; closes it in any case."""
-    try:
-        found = socket.socket(fileno=file)
-    except OSError:
-        os.close(file)
-        return
-    with found:
-        yield found

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import unittest.mock
 
 import pytest
 from worker_processes import ENVIRONMENT
@@ -118,6 +119,26 @@ def test_cut_off(family):
         stays.settimeout(0.2)
         with pytest.raises(TimeoutError, match="timed out"):
             stays.recv(1)
+
+
+def test_sockets_are_cut_off_without_copies():
+    """With one, epoll tells the owner of events at a socket it has closed."""
+    with (
+        listening() as (end, _),
+        socket.create_connection(end) as cut,
+        select.epoll() as events,
+    ):
+        events.register(cut, select.EPOLLIN)
+        shutdown = socket.socket.shutdown
+
+        def close_at_once(one, how):
+            shutdown(one, how)
+            cut.close()  # as gRPC does when it is told
+            assert events.poll(0) == []
+
+        with unittest.mock.patch("socket.socket.shutdown", close_at_once):
+            sockets.cut_off([end])
+        assert cut.fileno() == -1
 
 
 def test_a_connection_that_is_being_made_is_cut_off():
