@@ -131,14 +131,8 @@ def _plan(
     optimizer = getattr(model, "optimizer", None)
 
     # ---- The best cuts that fit, as far as is known without running ------
-    kinds: dict[str, durations.Kind] = {}
-    for name in names:
-        if description(name) not in kinds:
-            kinds[description(name)] = durations.Kind(
-                graph, optimizer, name, *settings
-            )
-    kind_of = [kinds[description(name)] for name in names]
-    first = kind_of[0]
+    kinds = _kinds(graph, optimizer, names, settings)
+    first = kinds[0]
     outputs = [first.profiler.specs[value] for value in graph.outputs]
     of_loss = loss_bytes(model, outputs) / batch_size
     ledger = Ledger(first.profiler, delay, stash, first.slots, of_loss)
@@ -156,11 +150,10 @@ def _plan(
 
     # ---- The best by what nodes and cuts take ----------------------------
     if measure:
-        for kind in kinds.values():
+        for kind in dict.fromkeys(kinds):
             kind.measure()
-        times = durations.Times(
-            kind_of, ledger, durations.handing_over(names, ledger)
-        )
+        handing_over = durations.handing_over(names, ledger)
+        times = durations.Times(kinds, ledger, handing_over)
         costs = times.nodes, times.paid
         cuts = cut(ledger, costs)
 
@@ -171,9 +164,8 @@ def _plan(
         # layers, but never more than "exact".
         cuts = cut(ledger.otherwise("exact"), costs)
         stages = _stages(graph, ledger, home, cuts, names)
-    edges = list(
-        itertools.pairwise([0, *(p + 1 for p in cuts), len(graph.nodes)])
-    )
+    starts = [0, *(p + 1 for p in cuts), len(graph.nodes)]
+    edges = list(itertools.pairwise(starts))
     uncounted = [k for k, edge in enumerate(edges) if ledger.unsized(*edge)]
     notes = assumptions(
         first.profiler.open_symbols, uncounted, optimizer is not None
@@ -193,6 +185,21 @@ def _plan(
         sum(p.processor_s for p in first.profiles),
         all(is_here(n) and durations.share_memory(names[0], n) for n in names),
     )
+
+
+def _kinds(
+    graph: Graph,
+    optimizer: keras.optimizers.Optimizer | None,
+    names: Sequence[str],
+    settings: tuple,
+) -> list[durations.Kind]:
+    """Returns what is found of the device of each stage, of like ones once."""
+    found: dict[str, durations.Kind] = {}
+    for name in names:
+        kind = description(name)
+        if kind not in found:
+            found[kind] = durations.Kind(graph, optimizer, name, *settings)
+    return [found[description(name)] for name in names]
 
 
 def _stages(
