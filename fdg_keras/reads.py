@@ -1,6 +1,5 @@
 """What the backwards of a stage read, for any stage: tables of nodes' reads."""
 
-import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -186,15 +185,15 @@ def by_first_node_of(
     table: np.ndarray, count: int, stops: Sequence[int]
 ) -> Iterator[np.ndarray]:
     """Yields bytes `[nodes]` of stages from each node to a stop."""
-    if not len(table):
-        yield from itertools.repeat(np.zeros(count), len(stops))
-        return
     at, sizes, after, until = table.T
     changes = np.zeros(count + 1)  # from each node to the next
+    found = changes[:-1].copy()
     done = 0
     for stop in stops:
         rows = slice(done, int(np.searchsorted(at, stop, "right")))
-        np.add.at(changes, after[rows] + 1, sizes[rows])
-        np.subtract.at(changes, until[rows] + 1, sizes[rows])
-        done = rows.stop
-        yield np.cumsum(changes[:-1])
+        if rows.start < rows.stop:
+            np.add.at(changes, after[rows] + 1, sizes[rows])
+            np.subtract.at(changes, until[rows] + 1, sizes[rows])
+            found = np.cumsum(changes[:-1])
+            done = rows.stop
+        yield found
