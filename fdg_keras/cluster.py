@@ -5,13 +5,14 @@ trains, the chief, connects once; then the workers' devices are devices like any
 other, and stages hand their batches from worker to worker.
 """
 
+import contextlib
 import gc
 import json
 import numbers
 import os
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -20,6 +21,7 @@ import tensorflow as tf
 
 from fdg_keras import sockets
 from fdg_keras.lookout import ANSWER_S
+from fdg_keras.threads import warn
 from fdg_keras.vigil import CHIEF, JOB, Task, Vigil, connection
 from fdg_keras.watch import Watch
 
@@ -31,6 +33,10 @@ _VERSIONS_PATH = f"/proc/self/fd/{_VERSIONS_FD}"
 # TensorFlow reads it as it connects. With streams one blocked queue operation
 # would block every other call to the same worker.
 _STREAMING = "TF_ENABLE_EAGER_CLIENT_STREAMING_ENQUEUE"
+
+# It reads this for each call. Without, a call waits until a worker can be
+# reached that was cut off, and for one that is frozen so for ever.
+_FAIL_FAST = "GRPC_FAIL_FAST"
 
 # -- Who is in the cluster -----------------------------------------------------
 
@@ -159,9 +165,14 @@ def connect_to_cluster(
     addresses = parse_cluster(cluster).job_tasks(JOB)
     is_connected = _check_unconnected(addresses)
     tasks = _wait_for_all(addresses, timeout_s)
-    if not is_connected:
-        _connect(tasks, timeout_s)
+    # Before TensorFlow joins: then, too, no other thread runs in this process.
     connection.begin(tasks, timeout_s)
+    if not is_connected:
+        try:
+            _connect(tasks, timeout_s)
+        except BaseException:
+            connection.end()
+            raise
     return _devices()
 
 
@@ -176,7 +187,7 @@ def _check_unconnected(addresses: Sequence[str]) -> bool:
     jobs = {
         tf.DeviceSpec.from_string(device.name).job
         for device in tf.config.list_logical_devices()
-    }
+    } - {None, "localhost"}
     if mine == list(addresses):
         Watch(_devices()).check()
         return True
@@ -189,14 +200,14 @@ def _check_unconnected(addresses: Sequence[str]) -> bool:
             "`connect_to_cluster` to be called before models, optimizers and "
             f"metrics are made. Received: {made} variables that are there"
         )
-    if mine or jobs - {None, "localhost"}:
+    if mine or jobs:
         raise RuntimeError(
-            "TensorFlow can join one cluster in a process, and this process "
-            "is in another. Expected `connect_to_cluster` to be called once, "
-            "and `tf.config.experimental_connect_to_cluster` and "
+            "TensorFlow can join one cluster in a process, once, and this "
+            "process has joined one. Expected `connect_to_cluster` to be "
+            "called once, and `tf.config.experimental_connect_to_cluster` and "
             "`tf.distribute` strategies not to be used beside it. Start a new "
             f"process. Received: {list(addresses)}, in a process that is "
-            f"connected to {mine or sorted(map(str, jobs))}"
+            f"connected to {mine or sorted(jobs)}"
         )
     return False
 
@@ -242,18 +253,22 @@ def _connect(tasks: list[Task], timeout_s: float) -> None:
         # Workers fetch from the chief what it feeds. TensorFlow itself would
         # tell them that it is at "localhost".
         spec = {JOB: [task.address for task in tasks], "localhost": [own]}
-        with Vigil(tasks, [], timeout_s):
+        with Vigil(tasks, [], timeout_s), _failing_fast():
             tf.config.experimental_connect_to_cluster(
                 tf.train.ClusterSpec(spec), "localhost", protocol="grpc"
             )
         if all(sockets.is_loopback(task.address) for task in tasks):
-            sockets.hold_to_loopback(port)
+            _hold_to_loopback(port)
         pairs = [(CHIEF, task.host) for task in tasks]
         with Vigil(tasks, pairs, timeout_s, at_once=True) as vigil:
             for task in tasks:
                 _check_versions(task)
             vigil.wait_for_pairs()
     except (tf.errors.OpError, OSError) as error:
+        for task in tasks:
+            why = sockets.unanswered(task.end, 1.0)
+            if why is not None:
+                connection.lost.setdefault(task, str(why))
         reasons = [f"{task}: {why}" for task, why in connection.lost.items()]
         text = getattr(error, "message", str(error)).splitlines()[0]
         raise ConnectionError(
@@ -263,6 +278,19 @@ def _connect(tasks: list[Task], timeout_s: float) -> None:
             "workers, and then this process. Received: "
             f"{'; '.join(reasons) or text}"
         ) from error
+
+
+@contextlib.contextmanager
+def _failing_fast() -> Iterator[None]:
+    """Within, calls to a worker that is cut off fail."""
+    before = os.environ.get(_FAIL_FAST)
+    os.environ[_FAIL_FAST] = "true"
+    try:
+        yield
+    finally:
+        del os.environ[_FAIL_FAST]
+        if before is not None:
+            os.environ[_FAIL_FAST] = before
 
 
 def _check_versions(task: Task) -> None:
@@ -276,7 +304,17 @@ def _check_versions(task: Task) -> None:
         raise ValueError(
             f"The chief and {task} must have the same versions. Expected "
             f"{mine}. Install these on the worker's machine, start it by "
-            f"`python -m fdg_keras.worker`. Received: {found}"
+            "`python -m fdg_keras.worker`, and then this process again. "
+            f"Received: {found}"
+        )
+
+
+def _hold_to_loopback(port: int) -> None:
+    if not sockets.hold_to_loopback(port):
+        warn(
+            "This kernel does not let the chief refuse other machines while it "
+            "is connected. TensorFlow listens on all interfaces: see that a "
+            f"firewall closes port {port}."
         )
 
 

@@ -86,6 +86,8 @@ def unanswered(end: End, seconds: float) -> OSError | None:
             answer = connection.recv(_FRAME_HEADER)
     except OSError as error:
         return error
+    if not answer:
+        return ConnectionResetError("the connection was closed")
     if len(answer) < _FRAME_HEADER or answer[3] != _SETTINGS:
         return ConnectionError("what listens there is no gRPC server")
     return None

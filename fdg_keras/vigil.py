@@ -77,6 +77,13 @@ class Connection:
             self._lookout.end()
         self._lookout = Lookout([task.end for task in tasks], timeout_s)
 
+    def end(self) -> None:
+        """Forgets them: they could not be joined."""
+        self.tasks = []
+        if self._lookout is not None:
+            self._lookout.end()
+            self._lookout = None
+
 
 #: The one that TensorFlow allows for in a process.
 connection = Connection()
@@ -124,6 +131,8 @@ class Vigil:
         self._waits: dict[tuple[str, str], float] = {}
         self._sent: set[tuple[str, str]] = set()
         self._tasks, self._pairs = tasks, set(pairs)
+        self._answered = dict.fromkeys(tasks, time.monotonic())
+        self._looked = time.monotonic()
         jobs = [functools.partial(self._ask, task) for task in tasks]
         # Compiled here, while it is known that all answer.
         jobs += [
@@ -159,8 +168,9 @@ class Vigil:
 
     def _ask(self, task: Task) -> None:
         """Asks a worker until it is lost, and then cuts it off."""
-        answered = time.monotonic()
+        self._answered[task] = time.monotonic()
         while not self._ended.wait(self._interval_s):
+            answered = self._answered[task]
             left = answered + self._timeout_s - time.monotonic()
             patience = max(left, self._interval_s)
             reason = sockets.unanswered(
@@ -168,7 +178,7 @@ class Vigil:
             )
             now = time.monotonic()
             if reason is None:
-                answered = now
+                self._answered[task] = now
             elif isinstance(reason, ConnectionRefusedError):
                 connection.lost[task] = str(reason)
             elif now + self._interval_s - answered > self._timeout_s:
@@ -181,16 +191,21 @@ class Vigil:
             sockets.cut_off([task.end])
 
     def _look_at_pairs(self, now: float) -> None:
+        usual = self._interval_s + min(ANSWER_S, self._timeout_s / 2)
+        # Whether no thread of this process ran: then neither did who sends.
+        was_deaf = now - self._looked > 2 * usual
+        self._looked = now
         for pair, since in list(self._waits.items()):
-            # One that is stopped has been found before, and is named alone.
-            if now - since <= self._timeout_s:
-                continue
-            for task in self._tasks:
-                if task.host in pair:
+            if was_deaf:
+                self._waits[pair] = now
+            elif now - since > self._timeout_s:
+                ends = [task for task in self._tasks if task.host in pair]
+                # One that is silent to the chief, too, is named alone.
+                if all(now - self._answered[task] <= usual for task in ends):
                     sender, receiver = map(_name_of, pair)
-                    connection.lost.setdefault(
-                        task, f"{receiver} gets nothing from {sender}"
-                    )
+                    why = f"{receiver} gets nothing from {sender}"
+                    for task in ends:
+                        connection.lost.setdefault(task, why)
 
     def _send(self, pair: tuple[str, str], send: Callable[[], Any]) -> None:
         """Sends a number from one CPU to another, again and again."""
@@ -200,7 +215,7 @@ class Vigil:
                 pause = self._interval_s
                 self._waits[pair] = time.monotonic()
                 send()
-                del self._waits[pair]
+                self._waits.pop(pair)
                 self._sent.add(pair)
 
 

@@ -17,6 +17,9 @@ from fdg_keras.lookout import ANSWER_S, CUT_S
 from fdg_keras.placement import host_of
 from fdg_keras.vigil import CHIEF, Task, Vigil, connection
 
+# Whoever is asked has so many seconds, though others have used up the time.
+_LEAST_S = 0.5
+
 
 class Watch:
     """Looks after the workers that some stages run on.
@@ -54,8 +57,9 @@ class Watch:
             self.check()
             # While TensorFlow tells a worker of a new function it lets no
             # other thread run, so that nobody could notice that it waits.
+            deadline = time.monotonic() + connection.timeout_s
             for task in self._tasks:
-                self._wait_for(task)
+                self._wait_for(task, deadline)
             self.check()
             self._vigil.enter_context(
                 Vigil(self._tasks, self._pairs(), connection.timeout_s)
@@ -85,13 +89,16 @@ class Watch:
         if loss is not None:
             raise loss
 
-    def _wait_for(self, task: Task) -> None:
+    def _wait_for(self, task: Task, deadline: float) -> None:
         """Waits until a worker answers, or for so long that it is lost."""
-        deadline = time.monotonic() + connection.timeout_s
-        patience = min(ANSWER_S, connection.timeout_s)
-        while (reason := sockets.unanswered(task.end, patience)) is not None:
+        while True:
+            left = deadline - time.monotonic()
+            patience = min(ANSWER_S, max(left, _LEAST_S))
+            reason = sockets.unanswered(task.end, patience)
+            if reason is None:
+                return
             refused = isinstance(reason, ConnectionRefusedError)
-            if refused or time.monotonic() + patience > deadline:
+            if refused or time.monotonic() + _LEAST_S > deadline:
                 connection.lost[task] = str(reason)
                 return
             time.sleep(CUT_S)

@@ -260,6 +260,47 @@ def test_a_worker_does_not_answer_from_the_begin(workers):
     assert workers.addresses[1] in said[0]["message"]
 
 
+JOINS = """
+import os, signal, sys
+import tensorflow as tf
+import fdg_keras
+addresses, frozen, moment = sys.argv[1:]
+frozen = int(frozen)
+join = tf.config.experimental_connect_to_cluster
+def joins(*arguments, **named):
+    if moment == "before":
+        os.kill(frozen, signal.SIGSTOP)
+    join(*arguments, **named)
+    if moment == "after":
+        os.kill(frozen, signal.SIGSTOP)
+tf.config.experimental_connect_to_cluster = joins
+try:
+    fdg_keras.connect_to_cluster({"worker": addresses.split(",")}, 3)
+except ConnectionError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_worker_freezes_while_it_is_joined(workers, moment):
+    """TensorFlow lets no other thread run then."""
+    wait_for(lambda: "SIGTERM ends it." in workers.output(1))
+    done = subprocess.run(
+        [
+            *(sys.executable, "-c", JOINS, ",".join(workers.addresses)),
+            *(str(workers.processes[1].pid), moment),
+        ],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=60,
+    )
+    assert "could not join the cluster" in done.stdout, done.stderr
+    assert "task 1 of job 'worker'" in done.stdout
+    assert done.returncode == 0
+
+
 def test_a_worker_has_another_version(tmp_path):
     """Told by the worker, whatever the chief believes."""
     package = tmp_path / "keras_of_another_release.py"

@@ -1,7 +1,9 @@
 """What `connect_to_cluster` refuses, before TensorFlow joins a cluster."""
 
+import contextlib
 import json
 import socket
+import time
 
 import pytest
 import tensorflow as tf
@@ -110,6 +112,73 @@ def test_the_end_does_not_wait_for_a_worker_that_is_gone(monkeypatch, reason):
     assert cut == ([task.end] if reason else [])
 
 
+def test_those_who_are_silent_share_the_time(monkeypatch):
+    """However many they are."""
+    servers, there = [], vigil.Connection()
+    with contextlib.ExitStack() as stack:
+        for index in range(3):
+            server = stack.enter_context(socket.create_server(("", 0)))
+            servers.append(server)
+            end = ("127.0.0.1", server.getsockname()[1])
+            there.tasks.append(vigil.Task(index, f"{end[0]}:{end[1]}", end))
+        there.timeout_s = 1.5
+        monkeypatch.setattr(watch, "connection", there)
+        start = time.monotonic()
+        with pytest.raises(ConnectionError, match="was lost") as caught:
+            watch.Watch([there.tasks[0].host]).__enter__()
+        assert 1.0 < time.monotonic() - start < 4.0
+    assert len(there.lost) == 3
+    assert str(caught.value).count("timed out") == 3
+
+
+def test_a_chief_that_the_network_can_reach_says_so(monkeypatch):
+    monkeypatch.setattr(sockets, "hold_to_loopback", lambda port: False)
+    with pytest.warns(UserWarning, match="firewall closes port 2345"):
+        cluster._hold_to_loopback(2345)
+
+
+@pytest.fixture
+def two_tasks(monkeypatch):
+    """Of which all, and a pair, are looked at by hand."""
+    there = vigil.Connection()
+    monkeypatch.setattr(vigil, "connection", there)
+    monkeypatch.setattr(vigil, "_sending", lambda *pair: None)
+    tasks = [vigil.Task(i, f"10.0.0.{i}:1", ("10.0.0.9", 1)) for i in range(2)]
+    pair = (tasks[0].host, tasks[1].host)
+    found = vigil.Vigil(tasks, [pair], timeout_s=10.0)
+
+    def look(now, answered, since):
+        found._answered = dict(zip(tasks, answered))
+        found._waits = {pair: since}
+        found._looked = now - 1
+        found._look_at_pairs(now)
+        return [task.index for task in there.lost]
+
+    return found, look
+
+
+def test_who_is_cut_off_from_another_is_named_with_him(two_tasks):
+    _, look = two_tasks
+    assert look(100.0, [99.5, 99.5], since=91.0) == []
+    assert look(100.0, [99.5, 99.5], since=89.0) == [0, 1]
+
+
+def test_who_answers_is_not_named_beside_who_is_silent(two_tasks):
+    _, look = two_tasks
+    assert look(100.0, [99.5, 91.0], since=85.0) == []
+
+
+def test_nobody_is_named_for_what_this_process_did_not_do(two_tasks):
+    """While TensorFlow held Python's lock nothing was sent."""
+    found, look = two_tasks
+    look(100.0, [99.5, 99.5], since=95.0)
+    found._look_at_pairs(130.0)
+    assert not vigil.connection.lost
+    found._answered = dict.fromkeys(found._answered, 131.0)
+    found._look_at_pairs(131.0)
+    assert not vigil.connection.lost
+
+
 def test_a_mixture_of_errors_may_be_of_a_lost_worker():
     text = "pybind11::error_already_set: ORIGINAL x REPLACED BY y"
     assert watch.may_be_of_loss(RuntimeError(text))
@@ -126,5 +195,5 @@ def test_another_cluster(monkeypatch):
             tf.config.LogicalDevice("/job:ps/replica:0/task:0/device:CPU:0", "")
         ],
     )
-    with pytest.raises(RuntimeError, match=r"is in another.*'ps'"):
+    with pytest.raises(RuntimeError, match=r"has joined one\..*'ps'"):
         connect(["127.0.0.1:1"])
