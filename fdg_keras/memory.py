@@ -85,6 +85,10 @@ class Ledger:
         )
         #: Bytes of weights, slots and state, likewise.
         self.resting: np.ndarray = self.weights * (1.0 + slots) + self._state
+        # An update makes two tensors or more of each weight, if it has slots.
+        # Dense layers, of which little else is to be seen, have as many bytes
+        # as their weights at once by that; plain SGD a fifth of it.
+        self._updating = self.weights * (slots > 0)
         #: Bytes of a batch that cross the cut after each node.
         self.sent = crossing(graph, sizes)
         #: Likewise of their gradients, which cross it the other way.
@@ -159,6 +163,7 @@ class Ledger:
             weights=int(_since(self.weights, start)[last]),
             gradients=int(_since(self._gradients, start)[last]),
             slots=int(self._slots * _since(self.weights, start)[last]),
+            updating=int(_since(self._updating, start)[last]),
             state=int(_since(self._state, start)[last]),
             links=int(self._links(start)[last]),
             fed=int(self._inputs(start)[last]),
@@ -201,9 +206,9 @@ class Ledger:
     def peak(self, start: int, late: int, ahead: int) -> np.ndarray:
         """Returns all bytes that a stage holds at most, in a backward.
 
-        Weights, their gradients, slots and state; the stash, and of a batch
-        what the backward makes again; links in both directions; inputs that
-        wait; and the largest node, while it runs.
+        Weights, their gradients, slots, state, and what updates need; the
+        stash, and of a batch what the backward makes again; links in both
+        directions; inputs that wait; and the largest node, while it runs.
 
         Args:
             start: The stage's first node.
@@ -217,7 +222,7 @@ class Ledger:
         running[:start] = 0.0
         kept, again = self._stashes(start)
         return (
-            _since(self.resting + self._gradients, start)
+            _since(self.resting + self._gradients + self._updating, start)
             + (late + 1) * kept
             + late * _since(self._copies, start)
             + again
@@ -244,7 +249,7 @@ class Ledger:
             for starts that are not after the stop.
         """
         count = len(self._running)
-        there = self.resting + self._gradients
+        there = self.resting + self._gradients + self._updating
         done, copied = (
             np.concatenate([[0.0], np.cumsum(each)])
             for each in (there, self._copies)

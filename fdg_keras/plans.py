@@ -142,6 +142,7 @@ class Plan:
                     + size.state
                     + size.home
                     + waiting
+                    + size.updating
                     + size.gradients
                     - size.weights,
                     again_s=again_s,

@@ -138,9 +138,13 @@ class Profiler:
             ValueError: If a node needs more memory than there is.
         """
         times: dict[str, list[Profile]] = {key: [] for key in self._pieces}
-        for _ in range(_ROUNDS):
+        idle = None
+        for _ in range(_ROUNDS if times else 0):
+            with tf.device(self._elsewhere[0]):
+                idle = idle or _Loop(tf.identity, [tf.zeros([])])
+                of_loop = idle.run()
             for key, piece in self._pieces.items():
-                times[key].append(piece.run())
+                times[key].append(piece.run(*of_loop))
         for key, profiles in times.items():
             self._found[key] = _median(profiles)
             if self._lasting[key]:
@@ -243,8 +247,12 @@ class _Piece:
             loops.append(_Loop(pair.backward, [*given, *kept]))
         return loops
 
-    def run(self) -> Profile:
+    def run(self, idle_s: float, idle_processor_s: float) -> Profile:
         """Measures once.
+
+        Args:
+            idle_s: Seconds that a turn of a loop takes by itself.
+            idle_processor_s: Those of all cores.
 
         Raises:
             ValueError: If it needs more memory than there is.
@@ -258,12 +266,14 @@ class _Piece:
                 "each layer fits; `measure=False` tells the bytes of a plan "
                 f"without running it. Received: batch_size={self._batch_size}"
             ) from error
-        seconds = [one for one, _ in times]
+        seconds = [max(one - idle_s, 0.0) for one, _ in times]
         return dataclasses.replace(
             self.untimed,
             forward_s=seconds[0],
             backward_s=sum(seconds[1:]),
-            processor_s=sum(processor for _, processor in times),
+            processor_s=sum(
+                max(processor - idle_processor_s, 0.0) for _, processor in times
+            ),
         )
 
 

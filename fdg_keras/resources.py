@@ -77,6 +77,7 @@ class StageBytes:
         gradients: By them: of a layer that is called several times, each time
             one, until they are added up.
         slots: Of the optimizer.
+        updating: What updates have besides while they run.
         state: All other variables.
         links: What fits in the two links that it reads.
         fed: A batch of those of the model's inputs that it reads.
@@ -93,6 +94,7 @@ class StageBytes:
     weights: int
     gradients: int
     slots: int
+    updating: int
     state: int
     links: int
     fed: int
@@ -116,7 +118,7 @@ class StageBytes:
             ahead: How many batches of inputs wait for it.
         """
         there = self.weights + self.gradients + self.slots + self.state
-        there += self.links + ahead * self.fed
+        there += self.updating + self.links + ahead * self.fed
         held = self.stash(late) + self.again + self.running
         return there + held + self.home
 

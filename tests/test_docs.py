@@ -197,10 +197,12 @@ def test_bytes_are_those_that_were_measured():
         predicted, held = case["predicted_bytes"], case["held_bytes"]
         assert predicted == pytest.approx(held, rel=0.01)
         assert case["planned_bytes"] == pytest.approx(held, rel=0.01)
-        assert 0.875 < case["planned_sum_bytes"] / case["sum_bytes"] < 1
+        assert 0.89 < case["planned_sum_bytes"] / case["sum_bytes"] < 1
         columns = ("held", "at_most", "peak", "sum", "planned_sum")
         cells = [case[f"{key}_bytes"] / 2**20 for key in columns]
         cells += [case["step_ms"], case["expected_ms"]]
+        most = 1.35 if case["stash"] == "replay" else 1.15
+        assert 0.75 < case["expected_ms"] / case["step_ms"] < most
         row = [case["network"], f"`{case['stash']!r}`", *map(round, cells)]
         line = "| " + " | ".join(map(str, row)).replace("'", '"') + " |"
         assert line in PAGES["how_it_works.md"]
@@ -246,7 +248,7 @@ def test_deep_networks_are_planned_as_fast_as_was_measured():
     for case in cases:
         assert case["plan_s"] < case["at_most_s"]
     seconds = [round(case["plan_s"]) for case in cases]
-    assert [*seconds, round(cases[-1]["refused_s"])] == [5, 6, 31]
+    assert [*seconds, round(cases[-1]["refused_s"])] == [5, 6, 34]
 
 
 def reported(dataset, network, run):

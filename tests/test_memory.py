@@ -138,7 +138,7 @@ def test_peak_by_hand():
     kernel, weights, value = 4 * 16, 4 * (16 + 4), 4 * BATCH * 4
     late = 2
     expected = (
-        weights * (1 + 1 + 1)  # themselves, slot, gradient
+        weights * (1 + 1 + 1 + 1)  # themselves, slot, gradient, update
         + late * kernel  # copies; no backward reads a bias
         + (late + 1) * value  # its input
         + 3 * value
@@ -158,7 +158,7 @@ def test_peak_of_replay_by_hand():
     weights, value = 4 * (16 + 4), 4 * BATCH * 4
     for late in (0, 4):
         there = (
-            3 * weights * 3  # of three layers; slots, gradients
+            3 * weights * 4  # of three layers; slots, gradients, updates
             + (late + 1) * value  # inputs
             + 3 * value  # outputs, which relu's backward and the next read
             + 3 * value  # gradients of a layer's output, sum and input
@@ -217,7 +217,7 @@ def test_each_use_of_a_layer_makes_a_gradient():
     assert (size.weights, size.gradients) == (weights, 3 * weights)
     value = 4 * BATCH * 4
     # What the calls read, and gradients of an output and an input.
-    assert size.peak(0, 0) == weights * (1 + 1 + 3) + 3 * value + 2 * value
+    assert size.peak(0, 0) == weights * (1 + 1 + 1 + 3) + 3 * value + 2 * value
 
 
 def test_what_a_forward_needs_by_itself_is_counted():
