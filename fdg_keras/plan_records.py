@@ -10,7 +10,7 @@ from fdg_keras.resources import STASHES
 _LONGEST_S = 1e6
 
 #: Of the format. Another version is not read.
-VERSION = 1
+VERSION = 2
 
 
 def check_plan(record: Any) -> None:
@@ -34,10 +34,11 @@ def check_plan(record: Any) -> None:
         where = f"stage {k}"
         _need(isinstance(stage, dict), f"{where} is an object")
         _check_fields(stage, _OF_STAGES, where)
-        _need(
-            len(stage["costs"]) in (0, len(stage["layers"])),
-            f"{where} has as many `costs` as `layers`, or none",
-        )
+        for name in ("costs", "counts"):
+            _need(
+                len(stage[name]) in (0, len(stage["layers"])),
+                f"{where} has as many `{name}` as `layers`, or none",
+            )
         if stage["bytes"] is not None:
             _need(
                 isinstance(stage["bytes"], dict)
@@ -121,6 +122,7 @@ _OF_STAGES = {
     "operations": ("a number, 0 or more", _is_number),
     "sends": (_COUNT, _is_count),
     "costs": ("a list of numbers, 0 or more", _all(_is_number)),
+    "counts": ("a list of whole numbers, 0 or more", _all(_is_count)),
     "forward_s": _SECONDS,
     "backward_s": _SECONDS,
     "again_s": _SECONDS,

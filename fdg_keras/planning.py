@@ -52,7 +52,10 @@ def make_plan(
 ) -> Plan:
     """Returns the plan of slices on devices."""
     stages = []
+    counts = _parameters(graph)
+    done = 0
     for part, device in zip(slices, devices):
+        stop = done + len(part.nodes)
         variables = [*part.trainable_variables, *part.state_variables]
         costs = tuple(node_cost(graph, node) for node in part.nodes)
         stages.append(
@@ -63,8 +66,10 @@ def make_plan(
                 operations=sum(costs),
                 sends=sum(elements(graph, v) for v in part.sends),
                 costs=costs,
+                counts=tuple(counts[done:stop]),
             )
         )
+        done = stop
     return Plan(tuple(stages))
 
 
@@ -197,9 +202,11 @@ def _cuts_of_plan(graph: Graph, plan: Plan) -> list[int]:
                 f"{a!r} at position {position}, received {b!r}."
             )
     if len(planned) != len(actual):
+        counts = [n for stage in plan.stages for n in stage.counts]
+        layer = _first_that_differs(actual, counts, _parameters(graph))
         raise ValueError(
             f"The plan was made for another model: expected {len(planned)} "
-            f"layers and operations, received {len(actual)}."
+            f"layers and operations, received {len(actual)}.{_named(layer)}"
         )
     cuts = [count - 1 for count in plan.cuts]
     forbidden = graph.forbidden_cuts()
@@ -230,14 +237,13 @@ def _check_sizes(graph: Graph, plan: Plan, cuts: Sequence[int]) -> None:
     devices = [stage.device for stage in plan.stages]
     here = make_plan(graph, cut_graph(graph, cuts), devices)
     for k, (there, one) in enumerate(zip(plan.stages, here.stages)):
-        if there.parameters != one.parameters:
-            layer = _first_of_other_cost(there, one) if sized else None
-            where = f" The first that differs is {layer!r}." if layer else ""
+        layer = _first_that_differs(one.layers, there.counts, one.counts)
+        if layer or there.parameters != one.parameters:
             raise ValueError(
                 f"The plan was made for another model: expected stage {k}, "
                 f"{there.layers[0]!r} to {there.layers[-1]!r}, to have "
                 f"{there.parameters:,} parameters, received {one.parameters:,}."
-                f"{where}"
+                f"{_named(layer)}"
             )
         if sized and there.sends != one.sends:
             raise ValueError(
@@ -248,14 +254,29 @@ def _check_sizes(graph: Graph, plan: Plan, cuts: Sequence[int]) -> None:
             )
 
 
-def _first_of_other_cost(planned: StagePlan, actual: StagePlan) -> str | None:
-    """Returns the layer, if the plan has estimates and no measured costs."""
-    if planned.tick_s is not None:
-        return None
-    for name, a, b in zip(actual.layers, planned.costs, actual.costs):
+def _first_that_differs(
+    names: Sequence[str], planned: Sequence[int], actual: Sequence[int]
+) -> str | None:
+    """Returns the first layer that has another number of parameters."""
+    for name, a, b in zip(names, planned, actual):
         if a != b:
             return name
     return None
+
+
+def _named(layer: str | None) -> str:
+    return f" The first that differs is {layer!r}." if layer else ""
+
+
+def _parameters(graph: Graph) -> list[int]:
+    """Returns each node's number of parameters that no node has before."""
+    seen: set[int] = set()
+    found = []
+    for node in graph.nodes:
+        new = {id(v): v for v in node.variables if id(v) not in seen}
+        seen.update(new)
+        found.append(sum(math.prod(v.shape) for v in new.values()))
+    return found
 
 
 def _ranks(names: Sequence[str]) -> list[int]:

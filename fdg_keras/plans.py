@@ -263,7 +263,7 @@ class Plan:
 
 
 def _stage(record: dict[str, Any]) -> StagePlan:
-    for name in ("layers", "costs"):
+    for name in ("layers", "costs", "counts"):
         record[name] = tuple(record[name])
     if record["bytes"] is not None:
         record["bytes"] = StageBytes(**record["bytes"])

@@ -17,6 +17,7 @@ class StagePlan:
         layers: Names of its layers and operations in order, `outer/inner`
             within nested models.
         parameters: Number of parameters, trainable and not.
+        counts: Those of each of its layers; what layers share is the first's.
         operations: Estimated operations of a forward, for one sample.
         sends: Elements it sends over the cut, for one sample.
         costs: What each of its layers costs: seconds of forward and backward
@@ -44,6 +45,7 @@ class StagePlan:
     operations: float
     sends: int
     costs: tuple[float, ...] = ()
+    counts: tuple[int, ...] = ()
     forward_s: float | None = None
     backward_s: float | None = None
     again_s: float | None = None

@@ -126,6 +126,7 @@ def test_plan():
         "operations",
         "sends",
         "costs",
+        "counts",
         "forward_s",
         "backward_s",
         "again_s",
