@@ -5,6 +5,7 @@ block that follows one is what it prints.
 """
 
 import collections
+import csv
 import importlib
 import json
 import os
@@ -249,6 +250,27 @@ def test_deep_networks_are_planned_as_fast_as_was_measured():
         assert case["plan_s"] < case["at_most_s"]
     seconds = [round(case["plan_s"]) for case in cases]
     assert [*seconds, round(cases[-1]["refused_s"])] == [5, 6, 34]
+
+
+def test_errors_are_those_that_were_measured():
+    folder = ROOT / "docs" / "results" / "resnet20_10_epochs"
+    with (folder / "table.csv").open() as file:
+        measured = [
+            (
+                int(row["stages"]),
+                f"{float(row['test_error']):.1f}",
+                row["seeds"],
+            )
+            for row in csv.DictReader(file)
+        ]
+    rows = re.findall(
+        r"^\| (\d) \| .* \| \**([\d.]+)\** \| (\d) \|$",
+        PAGES["choosing.md"],
+        re.MULTILINE,
+    )
+    shown = [(int(splits), error, seeds) for splits, error, seeds in rows]
+    assert sorted(shown) == sorted(measured)
+    assert len(shown) == 12
 
 
 def reported(dataset, network, run):
