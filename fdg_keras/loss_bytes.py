@@ -22,10 +22,23 @@ def loss_bytes(model: keras.Model, outputs: Sequence[tf.TensorSpec]) -> int:
         model: A compiled model, or not.
         outputs: Shape and dtype of a batch of each of its outputs.
     """
-    losses = _losses(model, len(outputs))
-    used = [(one, spec) for one, spec in zip(losses, outputs) if one]
-    if not used:
+    try:
+        losses = _losses(model, len(outputs))
+        used = [(one, spec) for one, spec in zip(losses, outputs) if one]
+        graph = _gradients(used).graph if used else None
+    except Exception:  # It is the user's, and made for other targets.
         return 0
+    if graph is None:
+        return 0
+    sizes = tensor_bytes(graph, graph.inputs, graph.get_operations(), 1)
+    before = {t.name for t in graph.inputs[len(used) :]}
+    return most_alive(
+        graph.outputs, (), before, sizes, (), in_place=recompute.CHEAP
+    )
+
+
+def _gradients(used: Sequence[tuple[Callable, tf.TensorSpec]]) -> Any:
+    """Traces the gradients of losses by outputs, of outputs and targets."""
 
     def gradients(sent: list, targets: list) -> Any:
         with tf.GradientTape() as tape:
@@ -38,18 +51,8 @@ def loss_bytes(model: keras.Model, outputs: Sequence[tf.TensorSpec]) -> int:
 
     sent = [spec for _, spec in used]
     targets = [_target(*each) for each in used]
-    try:
-        graph = (
-            tf.function(gradients, autograph=False)
-            .get_concrete_function(sent, targets)
-            .graph
-        )
-    except Exception:  # It is the user's, and made for other targets.
-        return 0
-    sizes = tensor_bytes(graph, graph.inputs, graph.get_operations(), 1)
-    before = {t.name for t in graph.inputs[len(sent) :]}
-    return most_alive(
-        graph.outputs, (), before, sizes, (), in_place=recompute.CHEAP
+    return tf.function(gradients, autograph=False).get_concrete_function(
+        sent, targets
     )
 
 
