@@ -170,19 +170,17 @@ def tensor_bytes(
     _, behind = ancestors(outputs, {t.name for t in feeds}, ())
     definition, read = _part(graph.as_graph_def(), behind)
     with tf.Graph().as_default() as sized:
+        # By names of their own: that of one may be the scope of an operation.
         given = {
             t.name: tf.compat.v1.placeholder(
-                t.dtype, _filled(t.shape, batch_size), t.op.name
+                t.dtype, _filled(t.shape, batch_size), f"fdg_feed_{i}"
             )
-            for t in feeds
+            for i, t in enumerate(feeds)
         }
         known = {name: t for name, t in given.items() if name in read}
         tf.graph_util.import_graph_def(definition, known, name="")
-    return {
-        t.name: _bytes(t, batch_size)
-        for op in sized.get_operations()
-        for t in op.outputs
-    }
+    made = {t.name: t for op in sized.get_operations() for t in op.outputs}
+    return {name: _bytes(t, batch_size) for name, t in (made | given).items()}
 
 
 def _bytes(tensor: tf.Tensor, batch_size: int) -> int | None:

@@ -273,6 +273,19 @@ def test_losses_of_several_outputs():
     assert found(["mse", "mse"]) > found([None, "mse"])
 
 
+def test_a_loss_may_read_variables():
+    weights = keras.Variable(np.ones(1000, "float32"))
+
+    def loss(target, output):
+        return keras.ops.mean(weights * (target - output) ** 2, -1)
+
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, layers.Dense(1000)(inputs))
+    model.compile("sgd", loss)
+    found = loss_bytes(model, [tf.TensorSpec([BATCH, 1000])])
+    assert 4 * BATCH * 1000 < found < 10 * 4 * BATCH * 1000
+
+
 def test_a_loss_for_other_targets_is_not_counted():
     def peculiar(target, output):
         raise KeyError("words")
