@@ -10,6 +10,7 @@ import tensorflow as tf
 from fdg_keras import delays
 from fdg_keras.costs import crossing, passing
 from fdg_keras.crossing import OF_THE_FORWARD, Stash
+from fdg_keras.profiles import Profile
 from fdg_keras.profiling import Profiler, needs_gradient
 from fdg_keras.reads import (
     by_first_node_of,
@@ -20,6 +21,7 @@ from fdg_keras.reads import (
     reads_if_cheap_runs_again,
 )
 from fdg_keras.resources import StageBytes
+from fdg_keras.slicing import Graph
 from fdg_keras.specs import size_of
 
 
@@ -55,15 +57,7 @@ class Ledger:
         graph, profiles = profiler.graph, profiler.untimed()
         self._profiles, sizes = profiles, profiler.sizes
         needed = needs_gradient(graph)
-        # What is kept; and what a backward makes again, or reads in all.
-        self._kept = reads(graph, profiles, sizes, made_within=False)
-        self._again = self._read = self._kept[:0]
-        if stash == "replay":
-            self._kept = inputs_read(graph, profiles, sizes)
-            self._again = reads(graph, profiles, sizes, made_within=True)
-        elif stash == "selective":
-            self._read = self._kept
-            self._kept = reads_if_cheap_runs_again(graph, profiles, sizes)
+        self._tables = _tables(graph, profiles, sizes, stash)
         self._fed = fed(graph, sizes)
         trainable = [node.trainable_variables for node in graph.nodes]
         #: Bytes of trainable weights, by the first node that uses them.
@@ -184,9 +178,10 @@ class Ledger:
 
     def _stashes(self, start: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns bytes that are kept, and that a backward makes again."""
-        tables = self._kept, self._again, self._read
         count = len(self._running)
-        return self._chosen(*(by_last_node(t, start, count) for t in tables))
+        return self._chosen(
+            *(by_last_node(table, start, count) for table in self._tables)
+        )
 
     def _chosen(
         self, kept: np.ndarray, again: np.ndarray, read: np.ndarray
@@ -259,7 +254,7 @@ class Ledger:
         tables = zip(
             *(
                 by_first_node_of(table, count, stops)
-                for table in (self._kept, self._again, self._read, self._fed)
+                for table in (*self._tables, self._fed)
             )
         )
         running = np.zeros(count)
@@ -281,6 +276,26 @@ class Ledger:
                 kept + copied[stop + 1] - copied[starts],
                 inputs,
             )
+
+
+def _tables(
+    graph: Graph,
+    profiles: Sequence[Profile],
+    sizes: Sequence[int],
+    stash: Stash,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns what is kept, and what a backward makes again or reads in all.
+
+    Each as rows of `reads`; empty where the mode has no need of it.
+    """
+    read = reads(graph, profiles, sizes, made_within=False)
+    none = read[:0]
+    if stash == "replay":
+        again = reads(graph, profiles, sizes, made_within=True)
+        return inputs_read(graph, profiles, sizes), again, none
+    if stash == "selective":
+        return reads_if_cheap_runs_again(graph, profiles, sizes), none, read
+    return read, none, none
 
 
 def _by_first_node(variables: Iterable[Iterable[keras.Variable]]) -> np.ndarray:
