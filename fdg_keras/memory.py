@@ -21,7 +21,7 @@ from fdg_keras.reads import (
     reads_if_cheap_runs_again,
 )
 from fdg_keras.resources import StageBytes
-from fdg_keras.slicing import Graph
+from fdg_keras.slicing import Graph, first_uses
 from fdg_keras.specs import size_of
 
 
@@ -300,13 +300,9 @@ def _tables(
 
 def _by_first_node(variables: Iterable[Iterable[keras.Variable]]) -> np.ndarray:
     """Returns the bytes of the variables of each node that none has before."""
-    seen: set[int] = set()
-    counts = []
-    for mine in variables:
-        new = {id(v): v for v in mine if id(v) not in seen}
-        seen.update(new)
-        counts.append(float(sum(map(_bytes_of, new.values()))))
-    return np.array(counts)
+    return np.array(
+        [float(sum(map(_bytes_of, new))) for new in first_uses(variables)]
+    )
 
 
 def _bytes_of(variable: keras.Variable) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 from fdg_keras.balancing import best_ends
 from fdg_keras.costs import cut_costs, elements, node_cost
 from fdg_keras.plans import Plan
-from fdg_keras.slicing import Graph, Slice, cut_graph
+from fdg_keras.slicing import Graph, Slice, cut_graph, first_uses
 from fdg_keras.stage_plans import StagePlan
 
 
@@ -270,13 +270,8 @@ def _named(layer: str | None) -> str:
 
 def _parameters(graph: Graph) -> list[int]:
     """Returns each node's number of parameters that no node has before."""
-    seen: set[int] = set()
-    found = []
-    for node in graph.nodes:
-        new = {id(v): v for v in node.variables if id(v) not in seen}
-        seen.update(new)
-        found.append(sum(math.prod(v.shape) for v in new.values()))
-    return found
+    uses = first_uses(node.variables for node in graph.nodes)
+    return [sum(math.prod(v.shape) for v in new) for new in uses]
 
 
 def _ranks(names: Sequence[str]) -> list[int]:

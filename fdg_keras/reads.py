@@ -30,7 +30,7 @@ def reads(
     rows = []
     made: dict[int, int] = {}
     last: dict[int, int] = {}
-    same: dict[int, int] = {}  # as a view, and what it is a view of
+    same = _viewed(graph, profiles)
 
     def add(position: int, value: int) -> None:
         value = same.get(value, value)
@@ -43,9 +43,6 @@ def reads(
 
     for position, (node, found) in enumerate(zip(graph.nodes, profiles)):
         inputs = list(dict.fromkeys(node.inputs))
-        for value, of in zip(node.outputs, found.views):
-            if of is not None:
-                same[value] = same.get(inputs[of], inputs[of])
         for value, keeps in zip(inputs, found.keeps_inputs):
             if keeps:
                 add(position, value)
@@ -72,7 +69,7 @@ def reads_if_cheap_runs_again(
     rows: list[tuple[int, int, int, int]] = []
     made: dict[int, int] = {}
     done: dict[int, int] = {}  # until when a value is kept
-    same: dict[int, int] = {}
+    same = _viewed(graph, profiles)
 
     def keep(at: int, value: int) -> None:
         left = [(value, at)]
@@ -95,9 +92,6 @@ def reads_if_cheap_runs_again(
 
     for position, (node, found) in enumerate(zip(graph.nodes, profiles)):
         inputs = list(dict.fromkeys(node.inputs))
-        for value, of in zip(node.outputs, found.views):
-            if of is not None:
-                same[value] = same.get(inputs[of], inputs[of])
         made.update((v, position) for v in node.outputs if v not in same)
         if found.cheap:
             makes = any(found.keeps_outputs) or found.keeps_bytes > 0
@@ -113,6 +107,17 @@ def reads_if_cheap_runs_again(
                 keep(position, value)
         rows.append((position, found.selects_bytes, -1, position))
     return np.array(rows, int).reshape(-1, 4)
+
+
+def _viewed(graph: Graph, profiles: Sequence[Profile]) -> dict[int, int]:
+    """Returns of each value that is a view what it is a view of."""
+    found: dict[int, int] = {}
+    for node, profile in zip(graph.nodes, profiles):
+        inputs = list(dict.fromkeys(node.inputs))
+        for value, of in zip(node.outputs, profile.views):
+            if of is not None:
+                found[value] = found.get(inputs[of], inputs[of])
+    return found
 
 
 def fed(graph: Graph, sizes: Sequence[int]) -> np.ndarray:

@@ -75,6 +75,18 @@ class Node:
         return _unique(v for v in self.variables if v.trainable)
 
 
+def first_uses(
+    variables: Iterable[Iterable[keras.Variable]],
+) -> list[list[keras.Variable]]:
+    """Returns of the variables of each node those that none has before."""
+    seen: set[int] = set()
+    found = []
+    for mine in variables:
+        found.append([v for v in _unique(mine) if id(v) not in seen])
+        seen.update(map(id, found[-1]))
+    return found
+
+
 @dataclass
 class Graph:
     """A model as an ordered list of nodes.

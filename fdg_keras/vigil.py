@@ -215,7 +215,7 @@ class Vigil:
                 pause = self._interval_s
                 self._waits[pair] = time.monotonic()
                 send()
-                self._waits.pop(pair)
+                del self._waits[pair]
                 self._sent.add(pair)
 
 
