@@ -39,24 +39,23 @@ class Feed:
         if device not in self._loops:
             self._loops[device] = self._trace(iterator, device)
         self._moved, loop = self._loops[device]
-        self._moved.assign([0, 0])
-        found = int(loop(iterator, tf.constant(count)))
-        if found and self.batch_bytes is None:
-            self.batch_bytes = int(self._moved[1]) // found
-        return found
+        self._moved.assign(0)
+        fed, size = loop(iterator, tf.constant(count))
+        if self.batch_bytes is None and int(fed):
+            self.batch_bytes = int(size)
+        return int(fed)
 
     def moved(self) -> int:
         """Returns how many batches the last call has moved, done or not."""
-        return 0 if self._moved is None else int(self._moved[0])
+        return 0 if self._moved is None else int(self._moved)
 
     def _trace(
         self, iterator: Any, device: str | None
     ) -> tuple[tf.Variable, Any]:
         with tf.device(device):
-            # Batches, and their bytes.
-            moved = tf.Variable([0, 0], dtype=tf.int64, trainable=False)
+            moved = tf.Variable(0, dtype=tf.int64, trainable=False)
 
-        def move(iterator: Any, count: tf.Tensor) -> tf.Tensor:
+        def move(iterator: Any, count: tf.Tensor) -> list[tf.Tensor]:
             with tf.device(device):
                 return self._move(iterator, tf.identity(count), moved)
 
@@ -67,24 +66,34 @@ class Feed:
 
     def _move(
         self, iterator: Any, count: tf.Tensor, total: tf.Variable
-    ) -> tf.Tensor:
-        def body(fed: tf.Tensor, _: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    ) -> list[tf.Tensor]:
+        """Returns how many batches there were, and the bytes of the last."""
+        # Rows are there, at no cost for each batch; else bytes are counted.
+        row = _row_bytes(iterator.element_spec)
+
+        def push(element: Any) -> tuple[tf.Tensor, tf.Tensor]:
+            size = element[1][-1] if row is not None else _bytes(element)
+            return self._push(element, total), tf.cast(size, tf.int64)
+
+        def body(
+            fed: tf.Tensor, size: tf.Tensor, _: tf.Tensor
+        ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
             element = iterator.get_next_as_optional()
             more = element.has_value()
-            moved = tf.cond(
+            moved, size = tf.cond(
                 more,
-                lambda: self._push(element.get_value(), total),
-                lambda: tf.constant(0),
+                lambda: push(element.get_value()),
+                lambda: (tf.constant(0), size),
             )
-            return fed + moved, more
+            return fed + moved, size, more
 
-        fed, _ = tf.while_loop(
-            lambda fed, more: tf.logical_and(fed < count, more),
+        fed, size, _ = tf.while_loop(
+            lambda fed, size, more: tf.logical_and(fed < count, more),
             body,
-            [tf.constant(0), tf.constant(True)],
+            [tf.constant(0), tf.constant(0, tf.int64), tf.constant(True)],
             parallel_iterations=1,
         )
-        return fed
+        return [fed, size if row is None else size * row]
 
     def _push(self, element: Any, total: tf.Variable) -> tf.Tensor:
         inputs, targets = element
@@ -96,13 +105,27 @@ class Feed:
         if self._targets is not None:
             done += self._targets.enqueue(list(targets))
         with tf.control_dependencies(done):
-            size = sum(map(_bytes, tf.nest.flatten(element)))
-            done = [total.assign_add([1, size], read_value=False)]
+            done = [total.assign_add(1, read_value=False)]
         with tf.control_dependencies(done):
             return tf.constant(1)
 
 
-def _bytes(tensor: tf.Tensor) -> Any:
-    if tensor.dtype == tf.string:
-        return 0  # They are no tensors' memory.
-    return tf.size(tensor, tf.int64) * tensor.dtype.size
+def _row_bytes(element_spec: Any) -> int | None:
+    """Returns the bytes of a row, `None` if other sizes than rows are open."""
+    shapes = [
+        (spec.shape[1:], spec.dtype.size)
+        for spec in tf.nest.flatten(element_spec)
+        if spec.shape.rank != 0 and spec.dtype != tf.string
+    ]
+    if not all(shape.is_fully_defined() for shape, _ in shapes):
+        return None
+    return sum(shape.num_elements() * size for shape, size in shapes)
+
+
+def _bytes(element: Any) -> tf.Tensor:
+    sizes = [
+        tf.size(tensor, tf.int64) * tensor.dtype.size
+        for tensor in tf.nest.flatten(element)
+        if tensor.dtype != tf.string
+    ]
+    return tf.add_n(sizes)

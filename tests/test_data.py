@@ -355,9 +355,9 @@ def test_each_link_gets_the_inputs_it_carries(graph_of_two):
         epoch.drawn = feed(epoch.iterator, 2)
         assert epoch.drawn == 2
         assert [link.size() for link in (*links, targets)] == [2, 2, 2]
-        # Of two floats and one for each of four samples, of targets and 4.
+        # Of two floats and one for each of four samples, and of targets.
         targets_bytes = 4 * batches.spec.y.dtype.size
-        assert feed.batch_bytes == 4 * (2 + 1) * 4 + targets_bytes + 4
+        assert feed.batch_bytes == 4 * (2 + 1) * 4 + targets_bytes
         assert feed(epoch.iterator, 5) == 1
         assert feed(epoch.iterator, 5) == 0
     for start in (0, 4, 8):

@@ -96,8 +96,8 @@ def test_large_batches_wait_one_by_one(monkeypatch):
     assert asked[0] == 1
     assert max(asked) > 3
     trainer = fdg_keras.Trainer(model, 2)
-    # Three batches of two samples, and their size as a number.
-    size = 2 * 4 * (100 + 1) + 4
+    # Three batches of two samples.
+    size = 2 * 4 * (100 + 1)
     monkeypatch.setattr(feeding, "_PART_BYTES", 4 * size - 1)
     asked.clear()
     trainer.fit(x, y, batch_size=2, epochs=2, verbose=0)
