@@ -20,7 +20,7 @@ from fdg_keras.reads import (
     reads,
     reads_if_cheap_runs_again,
 )
-from fdg_keras.resources import StageBytes
+from fdg_keras.resources import ALLOCATED, StageBytes
 from fdg_keras.slicing import Graph, first_uses
 from fdg_keras.specs import size_of
 
@@ -203,7 +203,8 @@ class Ledger:
 
         Weights, their gradients, slots, state, and what updates need; the
         stash, and of a batch what the backward makes again; links in both
-        directions; inputs that wait; and the largest node, while it runs.
+        directions; inputs that wait; and the largest node, while it runs. In
+        blocks of the allocator, `ALLOCATED` for each byte.
 
         Args:
             start: The stage's first node.
@@ -216,7 +217,7 @@ class Ledger:
         running = self._running.copy()
         running[:start] = 0.0
         kept, again = self._stashes(start)
-        return (
+        return ALLOCATED * (
             _since(self.resting + self._gradients + self._updating, start)
             + (late + 1) * kept
             + late * _since(self._copies, start)
@@ -267,14 +268,17 @@ class Ledger:
             *found, inputs = (each[starts] for each in next(tables))
             kept, again = self._chosen(*found)
             yield (
-                done[stop + 1]
-                - done[starts]
-                + kept
-                + again
-                + capacity * (self.returned[stop] + sent)
-                + running[starts],
-                kept + copied[stop + 1] - copied[starts],
-                inputs,
+                ALLOCATED
+                * (
+                    done[stop + 1]
+                    - done[starts]
+                    + kept
+                    + again
+                    + capacity * (self.returned[stop] + sent)
+                    + running[starts]
+                ),
+                ALLOCATED * (kept + copied[stop + 1] - copied[starts]),
+                ALLOCATED * inputs,
             )
 
 

@@ -14,6 +14,11 @@ from fdg_keras.schedules import Delayed, Schedule, check_whole
 Stash = Literal["exact", "selective", "current", "replay"]
 STASHES = ("exact", "selective", "current", "replay")
 
+#: Bytes that an allocator hands out for a byte of tensors. TensorFlow's gives
+#: blocks of up to twice what it is asked for; over stages of several networks
+#: it was 0.97 to 1.15 (`scripts/bench_memory.py` measures some of them).
+ALLOCATED = 1.05
+
 # Sums and squares of amounts up to this are still numbers, and so are quotients
 # by what is no less than its inverse.
 _MOST = 1e100
@@ -113,6 +118,8 @@ class StageBytes:
     def peak(self, late: int, ahead: int) -> int:
         """Returns all that a stage holds at most, in a backward.
 
+        In blocks of the allocator, `ALLOCATED` for each byte.
+
         Args:
             late: Likewise.
             ahead: How many batches of inputs wait for it.
@@ -120,7 +127,7 @@ class StageBytes:
         there = self.weights + self.gradients + self.slots + self.state
         there += self.updating + self.links + ahead * self.fed
         held = self.stash(late) + self.again + self.running
-        return there + held + self.home
+        return int(ALLOCATED * (there + held + self.home))
 
 
 @dataclass(frozen=True)
@@ -172,6 +179,7 @@ def peak_bytes(
         "replay"    n / M * inputs + 1 / M * stash
 
     where with delayed gradients n and the versions of the weights are d_k + 1.
+    All of it in blocks of the allocator, `ALLOCATED` for each byte.
 
     Args:
         costs: One for each stage.
@@ -206,7 +214,7 @@ def peak_bytes(
             total += kept * cost.stash
         if stash in ("exact", "selective"):
             total += (schedule.versions(k, count) - 1) * copies
-        found.append(total)
+        found.append(ALLOCATED * total)
     return found
 
 

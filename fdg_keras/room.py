@@ -13,7 +13,7 @@ from fdg_keras import delays
 from fdg_keras.balancing import best_ends
 from fdg_keras.homes import Home
 from fdg_keras.memory import Ledger
-from fdg_keras.resources import Stash
+from fdg_keras.resources import ALLOCATED, Stash
 from fdg_keras.stage_plans import StagePlan
 
 _MIB = 2**20
@@ -214,7 +214,8 @@ class Room:
             found += ahead[k] * fed[:j]
             if self._home is not None:
                 stop = int(self._ends[j - 1]) + 1
-                found += self._home.charge(k, self._starts[:j], stop)
+                waits = self._home.charge(k, self._starts[:j], stop)
+                found += ALLOCATED * waits
             return found
 
         return excess

@@ -44,6 +44,7 @@ import tensorflow as tf
 
 from fdg_keras import Trainer, delays, plan
 from fdg_keras.crossing import STASHES
+from fdg_keras.resources import ALLOCATED
 from trainers import models
 
 NETWORKS = ("resnet56", "transformer")
@@ -149,7 +150,11 @@ class Stages(bench_speed.Linked):
             last = stage.stash_bytes(self._stash, batch).batch
             at_most = sized.peak_bytes
             links = sized.bytes.links - self._delay * sized.bytes.returned
-            yield sized.stash_bytes - last, at_most, at_most - links
+            yield (
+                sized.stash_bytes - last,
+                at_most,
+                at_most - int(ALLOCATED * links),
+            )
 
     def sum_of_peaks(self, steps):
         """Returns what the stages hold, and by how much each rises at most."""

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fdg_keras.delays import ORDERS
-from fdg_keras.resources import Cable, Cost, peak_bytes
+from fdg_keras.resources import ALLOCATED, Cable, Cost, peak_bytes
 from fdg_keras.schedules import FLUSHES, Delayed, Flushed
 from fdg_keras.simulation import simulate
 
@@ -436,7 +436,7 @@ def test_memory_of_delayed_gradients():
         ("current", [n * 100.0 for n in flights]),
         ("replay", [n * 5.0 + 100.0 for n in flights]),
     ):
-        expected = [a + k for a, k in zip(always, kept)]
+        expected = [ALLOCATED * (a + k) for a, k in zip(always, kept)]
         result = simulate(HEAVY, stash=stash)
         assert [s.peak_bytes for s in result.stages] == approx(expected)
         assert peak_bytes(HEAVY, stash=stash) == approx(expected)
@@ -444,9 +444,11 @@ def test_memory_of_delayed_gradients():
 
 def test_memory_of_micro_batches():
     gpipe = peak_bytes(HEAVY, Flushed(4))
-    assert gpipe == approx([4100 + 7.0, 4100 + 17.0, 4100 + 10.0])
+    expected = np.array([4100 + 7.0, 4100 + 17.0, 4100 + 10.0])
+    assert gpipe == approx(ALLOCATED * expected)
     eager = peak_bytes(HEAVY, Flushed(4, "1f1b"))
-    assert eager == approx([4075 + 7.0, 4050 + 17.0, 4025 + 10.0])
+    expected = np.array([4075 + 7.0, 4050 + 17.0, 4025 + 10.0])
+    assert eager == approx(ALLOCATED * expected)
 
 
 def test_replay_runs_the_forward_again():
