@@ -254,6 +254,23 @@ def compare(devices, settings):
     )
 
 
+def behind(devices, settings):
+    """Trains with a clock that is behind; tells when passes were by it."""
+    by_s = settings["by_s"]
+
+    class Clock:
+        time = staticmethod(lambda: time.time() - by_s)
+
+    fdg_keras.clocks.time = Clock
+    folder = pathlib.Path(settings["folder"])
+    monitor = fdg_keras.callbacks.PipelineMonitor(folder)
+    begun = Clock.time()
+    fit(make_model(), devices, [monitor])
+    ended = Clock.time()
+    run = json.loads((folder / "pipeline.json").read_text())
+    say(span=[begun, ended], passes=run["passes"])
+
+
 def main():
     job, addresses = sys.argv[1:3]
     settings = json.loads(sys.argv[3]) if len(sys.argv) > 3 else {}
@@ -271,6 +288,7 @@ def main():
         "compare": compare,
         "between": between,
         "tracing": tracing,
+        "behind": behind,
     }
     jobs[job](devices, settings)
 

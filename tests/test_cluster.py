@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import cluster_chief
@@ -122,6 +123,20 @@ def test_the_same_as_in_one_process(tmp_path):
     assert rest["home"] == ["/job:localhost/replica:0/task:0/device:CPU:0"]
 
 
+def test_times_of_passes_are_by_the_clock_of_the_chief(workers, tmp_path):
+    """Which is a quarter of an hour behind."""
+    code, said, err = run_chief(
+        "behind", workers.addresses, by_s=900, folder=str(tmp_path)
+    )
+    assert code == 0, err
+    begun, ended = said[-1]["span"]
+    assert len(said[-1]["passes"]) == 2
+    for passes in said[-1]["passes"]:
+        assert passes
+        for *_, start, end in passes:
+            assert begun < start < end < ended
+
+
 def test_a_worker_says_what_it_is_and_what_to_do(workers):
     wait_for(lambda: "Ctrl-C or SIGTERM ends it." in workers.output(1))
     said = workers.output(1)
@@ -226,6 +241,37 @@ def test_a_worker_is_lost_while_the_model_is_at_home(
     assert said[-1]["threads"] == ["MainThread"]
     saved = cluster_chief.keras.models.load_model(into)
     assert_same(cluster_chief.values(saved), after(1))
+
+
+def test_a_worker_is_restarted_while_the_model_is_at_home(workers, tmp_path):
+    """Another process answers there, which knows nothing of this one."""
+    killed, again = tmp_path / "killed", tmp_path / "again"
+
+    def restart():
+        wait_for(killed.exists)
+        workers.kill(1)
+        workers.start()
+        wait_for(lambda: "SIGTERM ends it." in workers.output(1))
+        again.touch()
+
+    other = threading.Thread(target=restart)
+    other.start()
+    code, said, err = run_chief(
+        "between",
+        workers.addresses,
+        timeout_s=TIMEOUT_S,
+        into=str(tmp_path / "model.keras"),
+        command=f"touch {killed}; until [ -e {again} ]; do sleep 0.05; done",
+    )
+    other.join()
+    assert code == 0, err
+    errors = said[-1]["errors"]
+    assert [name for name, _ in errors] == ["ConnectionError"] * 4
+    for _, message in errors:
+        assert "task 1 of job 'worker'" in message
+        assert "task 0 of job 'worker'" not in message
+        assert message.endswith("it was restarted")
+    assert said[-1]["threads"] == ["MainThread"]
 
 
 def test_a_chief_is_killed_and_another_one_trains(workers, tmp_path, after):
