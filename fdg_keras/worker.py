@@ -136,8 +136,13 @@ def _serve(
     spec: tf.train.ClusterSpec, index: int, port: int, allow_network: bool
 ) -> tf.distribute.Server:
     """Starts the server, in threads of TensorFlow's."""
+    config = tf.compat.v1.ConfigProto()
+    # Threads without work look for some busily before they sleep. They take
+    # that from the stage that computes and from gRPC, and between messages
+    # from other processes there is mostly none.
+    config.experimental.disable_thread_spinning = True
     try:
-        server = tf.distribute.Server(spec, JOB, index, "grpc")
+        server = tf.distribute.Server(spec, JOB, index, "grpc", config=config)
     except tf.errors.OpError as error:
         sys.exit(
             f"fdg_keras.worker: TensorFlow could not serve on port {port}. "
