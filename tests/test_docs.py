@@ -270,7 +270,7 @@ def test_errors_are_those_that_were_measured():
     )
     shown = [(int(splits), error, seeds) for splits, error, seeds in rows]
     assert sorted(shown) == sorted(measured)
-    assert len(shown) == 12
+    assert len(shown) == 14
 
 
 def reported(dataset, network, run):
