@@ -3,7 +3,8 @@
 TensorFlow notices at once that a worker's process has ended, but waits for ever
 for one that is stopped or cut off. So a `Vigil` asks for signs of life, over
 connections of its own. It cuts off from the chief who gives none, and whoever
-waits for it fails at once.
+waits for it fails at once; and soon after all others, who may wait for it
+themselves.
 """
 
 import atexit
@@ -22,6 +23,10 @@ from fdg_keras.lookout import ANSWER_S, CUT_S, INTERVAL_S, Lookout
 
 #: The job that workers belong to.
 JOB = "worker"
+
+# What waits for a worker that is lost fails and ends the rest of the training.
+# After so many seconds it has, or waits for one that waits for the lost one.
+_END_S = 4.0
 
 #: The CPU of this process.
 CHIEF = "/job:localhost/replica:0/task:0/device:CPU:0"
@@ -62,12 +67,14 @@ class Connection:
         tasks: The workers.
         timeout_s: Seconds within which they must give a sign of life.
         lost: Those that did not, or are known to have ended, and why.
+        let_go: Those that were cut off with them.
     """
 
     def __init__(self) -> None:
         self.tasks: list[Task] = []
         self.timeout_s = 20.0
         self.lost: dict[Task, str] = {}
+        self.let_go: set[Task] = set()
         self._lookout: Lookout | None = None
 
     def begin(self, tasks: Sequence[Task], timeout_s: float) -> None:
@@ -133,6 +140,8 @@ class Vigil:
         self._tasks, self._pairs = tasks, set(pairs)
         self._answered = dict.fromkeys(tasks, time.monotonic())
         self._looked = time.monotonic()
+        # Since when some worker is lost.
+        self._over: float | None = None
         jobs = [functools.partial(self._ask, task) for task in tasks]
         # Compiled here, while it is known that all answer.
         jobs += [
@@ -167,7 +176,7 @@ class Vigil:
                     raise ConnectionError(connection.lost[task])
 
     def _ask(self, task: Task) -> None:
-        """Asks a worker until it is lost, and then cuts it off."""
+        """Asks a worker until it or another is lost, and then cuts it off."""
         self._answered[task] = time.monotonic()
         while not self._ended.wait(self._interval_s):
             answered = self._answered[task]
@@ -187,8 +196,17 @@ class Vigil:
             self._look_at_pairs(now)
             if task in connection.lost:
                 break
+            if self._has_been_over(now):
+                connection.let_go.add(task)
+                break
         while not self._ended.wait(CUT_S):
             sockets.cut_off([task.end])
+
+    def _has_been_over(self, now: float) -> bool:
+        """Whether some worker has been lost for long enough to end all."""
+        if connection.lost and self._over is None:
+            self._over = now
+        return self._over is not None and now - self._over > _END_S
 
     def _look_at_pairs(self, now: float) -> None:
         usual = self._interval_s + min(ANSWER_S, self._timeout_s / 2)

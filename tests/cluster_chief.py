@@ -19,6 +19,7 @@ import numpy as np
 import tensorflow as tf
 
 import fdg_keras
+from fdg_keras import watch
 
 BATCHES, BATCH, EPOCHS = 6, 8, 4
 X = np.random.RandomState(0).rand(BATCHES * BATCH - 3, 6).astype("float32")
@@ -64,11 +65,16 @@ def fit(model, devices, callbacks=(), **arguments):
         model,
         X,
         Y,
-        splits=len(devices),
         devices=devices,
         batch_size=BATCH,
         callbacks=list(callbacks),
-        **{"verbose": 0, "shuffle": False, "epochs": EPOCHS, **arguments},
+        **{
+            "splits": len(devices),
+            "verbose": 0,
+            "shuffle": False,
+            "epochs": EPOCHS,
+            **arguments,
+        },
     )
 
 
@@ -237,6 +243,10 @@ def compare(devices, settings):
             callbacks=callbacks,
         )
     loaded = keras.models.load_model(folder / "at.keras")
+    plan = fdg_keras.plan(
+        make_model(), 2, BATCH, devices[:2], cache_dir=folder / "plans"
+    )
+    fit(make_model(), devices[:2], splits=plan)
     run = json.loads((folder / "logs" / "pipeline.json").read_text())
     say(
         evaluate=[t.evaluate(X, Y, BATCH, verbose=0) for t in (remote, local)],
@@ -249,8 +259,37 @@ def compare(devices, settings):
         checkpoint=all(
             (a == b).all() for a, b in zip(values(loaded), values(local.model))
         ),
+        planned=[
+            [stage.device, stage.forward_s, stage.backward_s]
+            for stage in plan.stages
+        ],
         passes=[len(passes) for passes in run["passes"]],
         home=sorted({w.value.device for w in remote.model.weights}),
+    )
+
+
+def waiting(devices, settings):
+    """Waits on one worker for what never comes, while another is lost."""
+    with tf.device(devices[0]):
+        empty = tf.queue.FIFOQueue(1, tf.float32)
+
+    @tf.function
+    def wait():
+        with tf.device(devices[0]):
+            return empty.dequeue()
+
+    wait.get_concrete_function()
+    try:
+        with watch.Watch(devices):
+            subprocess.run(settings["command"], shell=True)
+            begun = time.monotonic()
+            wait()
+    except Exception as error:
+        told = {"error": type(error).__name__, "message": str(error)}
+    say(
+        **told,
+        seconds=time.monotonic() - begun,
+        threads=[thread.name for thread in threading.enumerate()],
     )
 
 
@@ -289,6 +328,7 @@ def main():
         "between": between,
         "tracing": tracing,
         "behind": behind,
+        "waiting": waiting,
     }
     jobs[job](devices, settings)
 

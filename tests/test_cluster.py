@@ -117,6 +117,8 @@ def test_the_same_as_in_one_process(tmp_path):
     assert rest["evaluate"][0] == rest["evaluate"][1]
     assert rest["predict"]
     assert rest["checkpoint"]
+    assert [one[0] for one in rest["planned"]] == connected["devices"][:2]
+    assert all(min(one[1:]) > 0 for one in rest["planned"])
     assert len(rest["passes"]) == 3
     assert all(rest["passes"])
     # The model is home again.
@@ -208,6 +210,21 @@ def test_a_worker_is_frozen_while_python_waits_for_it(workers):
     assert said[-1]["threads"] == ["MainThread"]
 
 
+def test_a_worker_is_frozen_while_another_computes(workers):
+    """Which may wait for it, without the chief."""
+    code, said, err = run_chief(
+        "waiting",
+        workers.addresses,
+        timeout_s=TIMEOUT_S,
+        command=f"kill -STOP {workers.processes[1].pid}",
+    )
+    assert code == 0, err
+    assert_lost(said[-1], 1, 1, "no sign of life for . s")
+    assert "task 0" not in said[-1]["message"]
+    assert TIMEOUT_S < said[-1]["seconds"] < 30
+    assert said[-1]["threads"] == ["MainThread"]
+
+
 def test_a_worker_is_told_to_end(workers, tmp_path, after):
     """In the first epoch: the model is as it was before."""
     process = workers.processes[0]
@@ -248,7 +265,7 @@ def test_a_worker_is_restarted_while_the_model_is_at_home(workers, tmp_path):
     killed, again = tmp_path / "killed", tmp_path / "again"
 
     def restart():
-        wait_for(killed.exists)
+        wait_for(killed.exists, 200)
         workers.kill(1)
         workers.start()
         wait_for(lambda: "SIGTERM ends it." in workers.output(1))
