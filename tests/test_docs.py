@@ -194,20 +194,23 @@ def test_devices_that_are_simulated(tmp_path):
 def test_bytes_are_those_that_were_measured():
     results = (ROOT / "docs" / "results" / "memory.json").read_text()
     cases = json.loads(results)["cases"]
+    peaks = []
     for case in cases:
         predicted, held = case["predicted_bytes"], case["held_bytes"]
         assert predicted == pytest.approx(held, rel=0.01)
         assert case["planned_bytes"] == pytest.approx(held, rel=0.01)
-        assert 0.89 < case["planned_sum_bytes"] / case["sum_bytes"] < 1
+        peaks.append(case["planned_sum_bytes"] / case["sum_bytes"])
         columns = ("held", "at_most", "peak", "sum", "planned_sum")
         cells = [case[f"{key}_bytes"] / 2**20 for key in columns]
         cells += [case["step_ms"], case["expected_ms"]]
-        most = 1.35 if case["stash"] == "replay" else 1.15
-        assert 0.75 < case["expected_ms"] / case["step_ms"] < most
+        assert 0.85 < case["expected_ms"] / case["step_ms"] < 1.15
         row = [case["network"], f"`{case['stash']!r}`", *map(round, cells)]
         line = "| " + " | ".join(map(str, row)).replace("'", '"') + " |"
         assert line in PAGES["how_it_works.md"]
     assert len(cases) == 8
+    *most, worst = sorted(peaks)
+    assert 0.94 <= round(most[0], 2) <= round(most[-1], 2) <= 1.04
+    assert round(worst, 2) == 1.14
 
 
 def test_plans_are_as_right_as_was_measured():
