@@ -84,6 +84,8 @@ def draw(curves: Mapping[str, Points], x_name: str, y_name: str) -> str:
         path = " ".join("{:.1f},{:.1f}".format(*place(*at)) for at in curve)
         y = _FOOT + 70 + 22 * index
         line = f'fill="none" stroke="{colour}" stroke-width="2"'
+        if index >= len(COLOURS):  # Colours come again.
+            line += ' stroke-dasharray="6 3"'
         if len(curve) == 1:  # A line of one point is not seen.
             x, y0 = place(*curve[0])
             parts.append(

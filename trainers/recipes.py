@@ -226,6 +226,7 @@ class Run:
                     ),
                     timer,
                     keras.callbacks.TensorBoard(self._folder.logs),
+                    *self._monitors(),
                     *callbacks,
                     Keep(self._folder, timer),
                 ],
@@ -239,6 +240,12 @@ class Run:
             "history": history,
             "model": self._folder.finish(model),
         }
+
+    def _monitors(self) -> list[keras.callbacks.Callback]:
+        """Returns what watches the stages, if there are any."""
+        if not isinstance(self.trainer, fdg_keras.Trainer):
+            return []
+        return [fdg_keras.callbacks.PipelineMonitor(self._folder.logs)]
 
 
 def _strategy(
