@@ -56,7 +56,8 @@ def with_measured(graph: Graph, plan: Plan, measured: Measured) -> Plan:
     plan = dataclasses.replace(
         plan, stages=stages, measured_step_s=measured.step_s
     )
-    if not all(seconds) or len(stages) < 2:
+    known = all(len(stage.costs) == len(stage.layers) for stage in stages)
+    if not all(seconds) or len(stages) < 2 or not known:
         return plan
     return _advised(plan, _advice(graph, plan, measured))
 

@@ -15,8 +15,9 @@ Stash = Literal["exact", "selective", "current", "replay"]
 STASHES = ("exact", "selective", "current", "replay")
 
 #: Bytes that an allocator hands out for a byte of tensors. TensorFlow's gives
-#: blocks of up to twice what it is asked for; over stages of several networks
-#: it was 0.97 to 1.15 (`scripts/bench_memory.py` measures some of them).
+#: blocks of up to twice what it is asked for. What it counted for the stages of
+#: several networks was 0.92 to 1.15 times the sum of the tensors that are known
+#: of (`scripts/bench_memory.py` measures some of them).
 ALLOCATED = 1.05
 
 # Sums and squares of amounts up to this are still numbers, and so are quotients

@@ -67,14 +67,14 @@ class Connection:
         tasks: The workers.
         timeout_s: Seconds within which they must give a sign of life.
         lost: Those that did not, or are known to have ended, and why.
-        let_go: Those that were cut off with them.
+        forsaken: Those that answer, and were cut off because others were lost.
     """
 
     def __init__(self) -> None:
         self.tasks: list[Task] = []
         self.timeout_s = 20.0
         self.lost: dict[Task, str] = {}
-        self.let_go: set[Task] = set()
+        self.forsaken: set[Task] = set()
         self._lookout: Lookout | None = None
 
     def begin(self, tasks: Sequence[Task], timeout_s: float) -> None:
@@ -197,7 +197,7 @@ class Vigil:
             if task in connection.lost:
                 break
             if self._has_been_over(now):
-                connection.let_go.add(task)
+                connection.forsaken.add(task)
                 break
         while not self._ended.wait(CUT_S):
             sockets.cut_off([task.end])

@@ -106,7 +106,7 @@ class Watch:
     def find_loss(self) -> ConnectionError | None:
         """Asks all workers now; returns an error if one is lost."""
         for task in self._tasks:
-            if task in connection.lost or task in connection.let_go:
+            if task in connection.lost or task in connection.forsaken:
                 continue
             reason = sockets.unanswered(task.end, ANSWER_S)
             if reason is not None:

@@ -236,14 +236,18 @@ def test_plans_are_as_right_as_was_measured():
 
 
 def test_simulations_are_as_right_as_was_measured():
-    results = (ROOT / "docs" / "results" / "simulation.json").read_text()
-    off = collections.defaultdict(list)
-    for case in json.loads(results)["cases"]:
-        off[case["model"]].append(abs(case["ratio"] - 1))
-    assert len(off["resnet20"]) == 12
-    assert sum(error > 0.1 for error in off["resnet20"]) == 1
-    assert max(off["resnet20"]) < 0.115
-    assert max(off["mlp"]) < 0.15
+    for name, beyond, most, most_of_mlp in (
+        ("simulation", 1, 0.115, 0.15),
+        ("simulation_busy", 3, 0.17, 0.31),
+    ):
+        results = (ROOT / "docs" / "results" / f"{name}.json").read_text()
+        off = collections.defaultdict(list)
+        for case in json.loads(results)["cases"]:
+            off[case["model"]].append(abs(case["ratio"] - 1))
+        assert len(off["resnet20"]) == 12
+        assert sum(error > 0.1 for error in off["resnet20"]) == beyond
+        assert max(off["resnet20"]) < most
+        assert max(off["mlp"]) < most_of_mlp
 
 
 def test_deep_networks_are_planned_as_fast_as_was_measured():

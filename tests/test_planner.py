@@ -1048,6 +1048,20 @@ def test_a_plan_of_other_settings_says_so():
     assert "make a plan" not in same.plan.advice
 
 
+def test_a_plan_without_costs_of_layers_gives_no_advice():
+    """As text may have it; what was measured is shown nevertheless."""
+    devices = ["CPU:0", "CPU:1"]
+    model = network()
+    record = json.loads(fdg_keras.plan(model, 2, 8, devices).to_json())
+    record["stages"][1]["costs"] = []
+    plan = fdg_keras.Plan.from_json(json.dumps(record))
+    trainer = Trainer(model, plan, devices)
+    x, y = np.ones((32, 8, 8, 3), "float32"), np.zeros(32)
+    trainer.fit(x, y, batch_size=8, verbose=0)
+    assert all(stage.measured_s > 0 for stage in trainer.plan.stages)
+    assert trainer.plan.advice is None
+
+
 def test_a_plan_of_an_earlier_run_is_as_it_was_before_that():
     """What was measured and advised then is not of the next run."""
     model = network()

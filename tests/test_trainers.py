@@ -96,6 +96,13 @@ def test_train_smoke_killed_and_resumed(tmp_path):
     keras.saving.load_model(folder / "model.keras")
     assert (folder / "history.csv").read_text().count("\n") == 3
 
+    # It was watched.
+    status, out, err = run("report", str(folder))
+    assert status == 0, out + err
+    page = folder / "logs" / "report.html"
+    assert str(page) in out
+    assert "weight_prediction" in page.read_text()
+
     status, out, err = run("train", *flags)
     assert status != 0
     assert "--resume" in err
