@@ -24,7 +24,7 @@ def parse(*texts, base=BASE, emulate=True):
 @pytest.mark.parametrize(
     ("text", "changes"),
     [
-        ("bp", {"splits": 1}),
+        ("bp", {"splits": 1, "delay": 0}),
         ("ddg", {"delay": 1, "emulate": True}),
         ("fr", {"delay": 1, "stash": "replay"}),
         ("fdg", {"emulate": True}),
@@ -80,6 +80,10 @@ def test_what_is_not_emulated():
         (["fdg:shrink=half"], "Received: 'shrink=half'"),
         (["fdg:emulate=maybe"], "Received: 'emulate=maybe'"),
         (["fdg:lr_boundaries=soon"], "Received: 'lr_boundaries=soon'"),
+        (["bp:splits=2"], "bp .* own splits, 1. Received: 'splits=2' in bp:"),
+        (["fr:stash=exact"], "own stash, 'replay'"),
+        (["bp", "fdg:shrink=7"], "Received: 7.0 in fdg:shrink=7"),
+        (["fdg:corrections=magic"], "Received: 'magic' in fdg:correct"),
     ],
 )
 def test_bad_runs_are_explained(texts, message):

@@ -9,9 +9,10 @@ import tensorflow as tf
 from matching import assert_identical_weights
 
 import fdg_keras
-from trainers import datasets, local_losses, methods, models, recipes
+from trainers import datasets, local_losses, methods, models, recipes, runs
 from trainers.layers import relu
-from trainers.recipes import Recipe, Run
+from trainers.recipes import Recipe
+from trainers.runs import Run
 
 
 def tiny(make, x):
@@ -82,7 +83,7 @@ def model_of(run):
 
 def build(recipe, data):
     """Returns the model of a run, as it begins."""
-    return recipes._build(recipe, data.description)
+    return runs._build(recipe, data.description)
 
 
 def fit(trained, batches):

@@ -11,9 +11,10 @@ import pytest
 from matching import assert_identical_weights
 
 import fdg_keras
-from trainers import datasets, models, recipes, run_folder
+from trainers import datasets, models, recipes, run_folder, runs
 from trainers.layers import relu
-from trainers.recipes import Recipe, Run
+from trainers.recipes import Recipe
+from trainers.runs import Run
 
 
 @pytest.mark.parametrize(
@@ -35,6 +36,7 @@ from trainers.recipes import Recipe, Run
             Recipe(train_epochs=10),
             {0: 0.1, 4: 0.1, 5: 0.01, 6: 0.01, 7: 0.001, 8: 0.001, 9: 0.0001},
         ),
+        (Recipe(train_epochs=1), {0: 0.1}),
         (
             Recipe(train_epochs=10, lr_boundaries=(2,), learning_rate=1.0),
             {0: 1.0, 1: 1.0, 2: 0.1, 9: 0.1},
@@ -217,7 +219,7 @@ def test_back_propagation_does_not_depend_on_the_stages(run, monkeypatch):
     two.train(verbose=0)
     with monkeypatch.context() as patch:
         die_at(patch, "checkpoint-0002.keras")
-        with pytest.raises(Killed):
+        with pytest.raises(Killed, match="0002"):
             run(recipe).train(verbose=0)
     resumed = run(dataclasses.replace(recipe, splits=3), resume=True)
     resumed.train(verbose=0)
@@ -272,7 +274,7 @@ def test_corrections():
             "lr_rescheduling",
         )
     )
-    prediction, compensation, rescheduling = recipes._corrections(recipe, 391)
+    prediction, compensation, rescheduling = runs._corrections(recipe, 391)
     assert isinstance(prediction, fdg_keras.WeightPrediction)
     assert isinstance(compensation, fdg_keras.DelayCompensation)
     assert rescheduling.steps == 150 * 391 / 4
@@ -284,7 +286,12 @@ def test_corrections():
         ({"optimizer": "lamb"}, "optimizer.*Received: 'lamb'"),
         ({"dtype": "int8"}, "dtype.*Received: 'int8'"),
         ({"corrections": ("magic",)}, "corrections.*Received: 'magic'"),
-        ({"model": "vgg"}, "Received: name='vgg'"),
+        ({"model": "vgg"}, "model.*Received: 'vgg'"),
+        ({"dataset": "svhn"}, "dataset.*Received: 'svhn'"),
+        ({"shrink": 7.0}, "shrink.*Received: 7.0"),
+        ({"learning_rate": float("nan")}, "learning_rate.*Received: nan"),
+        ({"delay": -1}, "delay.*Received: -1"),
+        ({"splits": 0}, "splits.*Received: 0"),
         ({"splits": 99}, "99"),
     ],
 )

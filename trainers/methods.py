@@ -15,7 +15,7 @@ from trainers.run_flags import parse_splits
 #: Back-propagation, DDG, Features Replay, FDG, accumulated decoupled learning
 #: (of how many batches is a choice of ours), local losses, data parallelism.
 METHODS: dict[str, dict[str, Any]] = {
-    "bp": {"splits": 1},
+    "bp": {"splits": 1, "delay": 0},
     "ddg": {"delay": 1},
     "fr": {"delay": 1, "stash": "replay"},
     "fdg": {"delay": 2},
@@ -23,6 +23,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "dgl": {"delay": 0, "training": "local_losses"},
     "dp": {"training": "data_parallel"},
 }
+# What of a method is not what it is known by.
+_FREE = {"accumulate"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +86,11 @@ def _parse(text: str, base: Recipe, emulate: bool) -> Variant:
     changes = dict(METHODS[method])
     for setting in settings:
         name, _, value = setting.partition("=")
+        if name in METHODS[method].keys() - _FREE:
+            raise ValueError(
+                f"Expected {method} to have its own {name}, "
+                f"{METHODS[method][name]!r}. Received: {setting!r} in {text}"
+            )
         try:
             changes[name] = _value(name, value)
         except (KeyError, ValueError):
@@ -94,6 +101,10 @@ def _parse(text: str, base: Recipe, emulate: bool) -> Variant:
                 f"Received: {setting!r} in {text}"
             ) from None
     variant = Variant(text, dataclasses.replace(base, **changes))
+    try:
+        variant.recipe.check()
+    except ValueError as error:
+        raise ValueError(f"{error} in {text}") from None
     if "emulate" in changes:
         return variant
     recipe = variant.recipe

@@ -17,8 +17,9 @@ from typing import Any
 import keras
 
 from fdg_keras.records import write
-from trainers.recipes import Recipe, Run
+from trainers.recipes import Recipe
 from trainers.run_flags import make_devices
+from trainers.runs import Run
 
 
 class Utilisation(keras.callbacks.Callback):

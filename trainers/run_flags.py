@@ -41,7 +41,7 @@ def define_stages() -> None:
     flags.DEFINE_enum(
         "order",
         "forward_first",
-        ["forward_first", "update_first"],
+        list(recipes.ORDERS),
         "What a stage does first at each tick.",
     )
     flags.DEFINE_list(

@@ -31,7 +31,7 @@ import time
 
 from absl import app, flags, logging
 
-from trainers import recipes, run_flags
+from trainers import recipes, run_flags, runs
 
 FLAGS = flags.FLAGS
 
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> None:
         if FLAGS.smoke:
             recipe = make_smoke(recipe)
         run_flags.make_devices(recipe.splits, FLAGS.virtual_devices)
-        run = recipes.Run(
+        run = runs.Run(
             recipe,
             FLAGS.model_dir or time.strftime("runs/train-%Y%m%d-%H%M%S"),
             resume=FLAGS.resume,
