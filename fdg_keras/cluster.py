@@ -253,16 +253,17 @@ def _connect(tasks: list[Task], timeout_s: float) -> None:
         # Workers fetch from the chief what it feeds. TensorFlow itself would
         # tell them that it is at "localhost".
         spec = {JOB: [task.address for task in tasks], "localhost": [own]}
-        with Vigil(tasks, [], timeout_s), _failing_fast():
-            tf.config.experimental_connect_to_cluster(
-                tf.train.ClusterSpec(spec), "localhost", protocol="grpc"
-            )
-        if all(sockets.is_loopback(task.address) for task in tasks):
-            _hold_to_loopback(port)
-        pairs = [(CHIEF, task.host) for task in tasks]
-        with Vigil(tasks, pairs, timeout_s, at_once=True) as vigil:
+        with Vigil(tasks, [], timeout_s):
+            with _failing_fast():
+                tf.config.experimental_connect_to_cluster(
+                    tf.train.ClusterSpec(spec), "localhost", protocol="grpc"
+                )
+            if all(sockets.is_loopback(task.address) for task in tasks):
+                _hold_to_loopback(port)
             for task in tasks:
                 _check_versions(task)
+        pairs = [(CHIEF, task.host) for task in tasks]
+        with Vigil(tasks, pairs, timeout_s, at_once=True) as vigil:
             vigil.wait_for_pairs()
     except (tf.errors.OpError, OSError) as error:
         for task in tasks:

@@ -98,5 +98,6 @@ def _look_after(end: sockets.End, chief: int, timeout_s: float) -> None:
         elif time.monotonic() >= begun + left:
             until = time.monotonic() + interval_s
             while time.monotonic() < until:
-                sockets.cut_off([end], chief)
+                with contextlib.suppress(OSError):  # It is tried again.
+                    sockets.cut_off([end], chief)
                 time.sleep(CUT_S)

@@ -140,8 +140,9 @@ def cut_off(ends: Collection[End], process: int | None = None) -> None:
     inodes = _inodes(ends)
     found = _own_sockets() if process is None else _sockets_of(process, inodes)
     for one in found:
-        if os.fstat(one.fileno()).st_ino in inodes:
-            with contextlib.suppress(OSError):
+        # It may be closed meanwhile.
+        with contextlib.suppress(OSError):
+            if os.fstat(one.fileno()).st_ino in inodes:
                 one.shutdown(socket.SHUT_RDWR)
 
 

@@ -8,7 +8,6 @@ themselves.
 """
 
 import atexit
-import contextlib
 import functools
 import threading
 import time
@@ -121,6 +120,8 @@ class Vigil:
             these must reach each other, too.
         timeout_s: After how many seconds without a sign they are lost.
         at_once: Whether pairs begin to send at once.
+
+    Leaving waits for what is being sent, or until its ends are lost.
     """
 
     def __init__(
@@ -131,49 +132,58 @@ class Vigil:
         at_once: bool = False,
     ):
         self._timeout_s = timeout_s
-        self._at_once = at_once
         self._interval_s = min(INTERVAL_S, timeout_s / 10)
-        self._ended = threading.Event()
-        # Since when one waits for what another sends.
-        self._waits: dict[tuple[str, str], float] = {}
-        self._sent: set[tuple[str, str]] = set()
-        self._tasks, self._pairs = tasks, set(pairs)
+        self._tasks = tasks
         self._answered = dict.fromkeys(tasks, time.monotonic())
-        self._looked = time.monotonic()
+        # When it was last looked at who waits, and since when some thread of
+        # this process was sure to run.
+        self._looked = self._awake = time.monotonic()
         # Since when some worker is lost.
         self._over: float | None = None
-        jobs = [functools.partial(self._ask, task) for task in tasks]
         # Compiled here, while it is known that all answer.
-        jobs += [
-            functools.partial(self._send, pair, _sending(*pair))
-            for pair in self._pairs
-        ]
-        self._threads = [
-            threading.Thread(target=job, name=f"fdg-watch-{i}", daemon=True)
-            for i, job in enumerate(jobs)
+        self._sends = {pair: _sending(*pair) for pair in set(pairs)}
+        self._first_pause_s = 0.0 if at_once else self._interval_s
+        # For whom it is waited now, and since when.
+        self._waits: tuple[tuple[str, str], float] | None = None
+        self._sent = threading.Event()
+        self._failure: tf.errors.OpError | None = None
+        self._leaves, self._ended = threading.Event(), threading.Event()
+        self._sender = threading.Thread(
+            target=self._send, name="fdg-watch-pairs", daemon=True
+        )
+        self._askers = [
+            threading.Thread(
+                target=self._ask,
+                args=[task],
+                name=f"fdg-watch-{task.index}",
+                daemon=True,
+            )
+            for task in tasks
         ]
 
     def __enter__(self) -> "Vigil":
-        for thread in self._threads:
+        for thread in [*self._askers, self._sender]:
             thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        # Workers are looked after for as long as one is waited for: else that
+        # one might be lost, and waited for by a thread for ever.
+        self._leaves.set()
+        self._sender.join()
         self._ended.set()
-        for thread in self._threads:
+        for thread in self._askers:
             thread.join()
 
     def wait_for_pairs(self) -> None:
         """Waits until each pair has sent once.
 
         Raises:
-            ConnectionError: If one cannot.
+            tf.errors.OpError: If one cannot.
         """
-        while not self._pairs <= self._sent:
-            time.sleep(0.01)
-            for task in self._tasks:
-                if task in connection.lost:
-                    raise ConnectionError(connection.lost[task])
+        self._sent.wait()
+        if self._failure is not None:
+            raise self._failure
 
     def _ask(self, task: Task) -> None:
         """Asks a worker until it or another is lost, and then cuts it off."""
@@ -211,30 +221,41 @@ class Vigil:
     def _look_at_pairs(self, now: float) -> None:
         usual = self._interval_s + min(ANSWER_S, self._timeout_s / 2)
         # Whether no thread of this process ran: then neither did who sends.
-        was_deaf = now - self._looked > 2 * usual
+        if now - self._looked > 2 * usual:
+            self._awake = now
         self._looked = now
-        for pair, since in list(self._waits.items()):
-            if was_deaf:
-                self._waits[pair] = now
-            elif now - since > self._timeout_s:
-                ends = [task for task in self._tasks if task.host in pair]
-                # One that is silent to the chief, too, is named alone.
-                if all(now - self._answered[task] <= usual for task in ends):
-                    sender, receiver = map(_name_of, pair)
-                    why = f"{receiver} gets nothing from {sender}"
-                    for task in ends:
-                        connection.lost.setdefault(task, why)
+        waits = self._waits
+        if waits is None:
+            return
+        pair, since = waits
+        if now - max(since, self._awake) <= self._timeout_s:
+            return
+        ends = [task for task in self._tasks if task.host in pair]
+        # One that is silent to the chief, too, is named alone.
+        if all(now - self._answered[task] <= usual for task in ends):
+            sender, receiver = map(_name_of, pair)
+            why = f"{receiver} gets nothing from {sender}"
+            for task in ends:
+                connection.lost.setdefault(task, why)
 
-    def _send(self, pair: tuple[str, str], send: Callable[[], Any]) -> None:
-        """Sends a number from one CPU to another, again and again."""
-        with contextlib.suppress(tf.errors.OpError):
-            pause = 0.0 if self._at_once else self._interval_s
-            while not self._ended.wait(pause):
-                pause = self._interval_s
-                self._waits[pair] = time.monotonic()
-                send()
-                del self._waits[pair]
-                self._sent.add(pair)
+    def _send(self) -> None:
+        """Sends a number between the CPUs of each pair, again and again.
+
+        One after the other: TensorFlow has crashed when several threads were
+        at their first calls to workers.
+        """
+        try:
+            pause_s = self._first_pause_s
+            while not self._leaves.wait(pause_s):
+                pause_s = self._interval_s
+                for pair, send in self._sends.items():
+                    self._waits = pair, time.monotonic()
+                    send()
+                    self._waits = None
+                self._sent.set()
+        except tf.errors.OpError as error:
+            self._failure = error
+            self._sent.set()
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import socket
+import threading
 import time
 
 import pytest
@@ -149,8 +150,8 @@ def two_tasks(monkeypatch):
 
     def look(now, answered, since):
         found._answered = dict(zip(tasks, answered))
-        found._waits = {pair: since}
-        found._looked = now - 1
+        found._waits = (pair, since)
+        found._looked, found._awake = now - 1, 0.0
         found._look_at_pairs(now)
         return [task.index for task in there.lost]
 
@@ -177,6 +178,41 @@ def test_nobody_is_named_for_what_this_process_did_not_do(two_tasks):
     found._answered = dict.fromkeys(found._answered, 131.0)
     found._look_at_pairs(131.0)
     assert not vigil.connection.lost
+
+
+def test_leaving_looks_after_workers_while_one_is_waited_for(monkeypatch):
+    """One that answers, but waits itself for one that is lost."""
+    there, tasks = vigil.Connection(), []
+    for index in range(2):
+        end = ("10.0.0.9", index + 1)
+        tasks.append(vigil.Task(index, f"{end[0]}:{end[1]}", end))
+    waits, cut = threading.Event(), threading.Event()
+
+    def send():
+        waits.set()
+        cut.wait(20)
+        raise tf.errors.UnavailableError(None, None, "cut off")
+
+    def unanswered(end, seconds):
+        return ConnectionRefusedError() if end == tasks[1].end else None
+
+    def cut_off(ends):
+        if tasks[0].end in ends:
+            cut.set()
+
+    monkeypatch.setattr(vigil, "connection", there)
+    monkeypatch.setattr(vigil, "_sending", lambda *pair: send)
+    monkeypatch.setattr(vigil, "_END_S", 0.2)
+    monkeypatch.setattr(sockets, "unanswered", unanswered)
+    monkeypatch.setattr(sockets, "cut_off", cut_off)
+    pair = (tasks[0].host, tasks[1].host)
+    with vigil.Vigil(tasks, [pair], timeout_s=1.0, at_once=True) as found:
+        waits.wait()
+    assert cut.is_set()
+    assert there.lost.keys() == {tasks[1]}
+    assert there.forsaken == {tasks[0]}
+    with pytest.raises(tf.errors.UnavailableError, match="cut off"):
+        found.wait_for_pairs()
 
 
 def test_a_mixture_of_errors_may_be_of_a_lost_worker():
