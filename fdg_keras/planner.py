@@ -30,6 +30,11 @@ from fdg_keras.threads import warn
 from fdg_keras.validation import check_model, check_settings
 from fdg_keras.watch import Watch
 
+_NOT_BY_STAGES = (
+    ' The cuts that fit by what `stash="selective"` keeps of each layer do not '
+    'by what it keeps of stages; here it counts as much as "exact".'
+)
+
 
 def plan(
     model: keras.Model,
@@ -75,9 +80,9 @@ def plan(
         measure: Whether to measure. If not, cuts balance operation counts, as
             those of `Trainer(splits=K)` do, and no times are known.
         memory_limit: Bytes that a device may hold, with what waits there of a
-            model that was made on it and is trained elsewhere. Stages that
-            share a device get equal parts of them. Or a list with a number for
-            each stage. Default: no limit.
+            model that was made on it and is trained elsewhere. If the best
+            cuts of all do not fit, stages that share a device get equal parts
+            of them. Or a list with a number for each stage. Default: no limit.
         cache_dir: Where measurements are kept. Default: the folder that the
             environment's `FDG_KERAS_CACHE` names, or else `fdg_keras` in the
             user's folder for caches.
@@ -89,7 +94,7 @@ def plan(
         ValueError: If an argument is out of range, the model cannot be cut so
             often or was compiled with what cannot be done in stages, or a
             stage does not fit in memory; then it names the stage, by how much
-            it is too large, and what would fit, before anything is measured.
+            it is too large, and what would fit, before layers are measured.
             Or a layer is too large to be measured at all; then it is named.
         ConnectionError: If a worker is lost meanwhile.
     """
@@ -138,11 +143,18 @@ def _plan(
     ledger = Ledger(first.profiler, delay, stash, first.slots, of_loss)
     home = Home(graph, names, ledger.resting)
 
-    def cut(counted: Ledger, costs: tuple[np.ndarray, np.ndarray]) -> list[int]:
+    def cut(
+        counted: Ledger, costs: tuple[np.ndarray, np.ndarray], note: str = ""
+    ) -> list[int]:
+        if memory_limit is not None and len(set(names)) < len(names):
+            # Stages of one device may fit although one needs more than others.
+            best = balance(ends, *costs) or []
+            if holds(memory_limit, _stages(graph, ledger, home, best, names)):
+                return best
         room = Room(counted, ends, len(names), memory_limit, names, home)
         cuts = balance(ends, *costs, room.excess)
         if cuts is None:
-            raise ValueError(room.refusal())
+            raise ValueError(room.refusal(note))
         return cuts
 
     costs = estimates(graph, len(names))
@@ -162,7 +174,7 @@ def _plan(
     if stash == "selective" and not holds(memory_limit, stages):
         # Now and then it keeps a little more of a whole stage than of its
         # layers, but never more than "exact".
-        cuts = cut(ledger.otherwise("exact"), costs)
+        cuts = cut(ledger.otherwise("exact"), costs, _NOT_BY_STAGES)
         stages = _stages(graph, ledger, home, cuts, names)
     starts = [0, *(p + 1 for p in cuts), len(graph.nodes)]
     edges = list(itertools.pairwise(starts))

@@ -63,7 +63,7 @@ class Plan:
     @property
     def speed_up(self) -> float | None:
         """Expected steps per second, over those of one device."""
-        if self.step_s is None or self.whole_s is None:
+        if not self.step_s or self.whole_s is None:
             return None
         return self.whole_s / self.step_s
 

@@ -91,8 +91,12 @@ class Room:
             return None
         return self._excess_of(self._ledger, self._limits)
 
-    def refusal(self) -> str:
-        """Returns why no cuts fit, and what would."""
+    def refusal(self, note: str = "") -> str:
+        """Returns why no cuts fit, and what would.
+
+        Args:
+            note: What else is to be said of how memory was counted.
+        """
         limits = self._limits or []
         worst, k = self._smallest(self._ledger, limits)
         fits = list(self._ways_out(self._ledger, limits))
@@ -103,15 +107,15 @@ class Room:
                 for way in self._ways_out(replayed, limits)
             ]
         shares = self._stages_of[k]
-        held = ""
         if self._ledger.stash == "selective":
-            held = (
+            note += (
                 ' What `stash="selective"` keeps was counted layer by layer, '
                 "which may be more than it is of whole stages."
             )
         return (
-            f"The model does not fit: with the cuts that come closest, stage "
-            f"{k} of {len(limits)} needs {_size(limits[k] + worst)}, "
+            f"The model does not fit{' in equal parts' if shares > 1 else ''}: "
+            f"with the cuts that come closest, stage {k} of {len(limits)} "
+            f"needs {_size(limits[k] + worst)}, "
             f"{_size(worst)} more than its limit of {_size(limits[k])}"
             + (
                 f", an equal part for each of {shares} stages of its device"
@@ -120,7 +124,7 @@ class Room:
             )
             + ". What would fit: "
             + ("; ".join(fits) or self._nothing())
-            + f".{held} Received: memory_limit={self._limit!r}"
+            + f".{note} Received: memory_limit={self._limit!r}"
         )
 
     def _ways_out(

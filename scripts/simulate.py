@@ -60,15 +60,12 @@ flags.DEFINE_float(
     "element moved counts as 150 operations, it moves 270 GB/s.",
 )
 flags.DEFINE_float("gbit_per_s", 100.0, "Bandwidth between neighbours.")
-flags.DEFINE_float("latency_us", 10.0, "Latency between them.", lower_bound=0.0)
-flags.DEFINE_float(
-    "overhead_us", 50.0, "What a pass takes beyond its work.", lower_bound=0.0
-)
+flags.DEFINE_float("latency_us", 10.0, "Latency between them.")
+flags.DEFINE_float("overhead_us", 50.0, "What a pass takes beyond its work.")
 flags.DEFINE_float(
     "jitter",
     0.0,
     "Standard deviation of the time of a pass, as a part of it.",
-    lower_bound=0.0,
 )
 flags.DEFINE_integer("seed", 0, "Seed of the jitter.", lower_bound=0)
 flags.DEFINE_enum(
@@ -86,14 +83,19 @@ flags.register_validator(
     ),
     "must be whole numbers, 1 or more, with commas",
 )
-for name in ("operations_per_s", "gbit_per_s"):
+# Beyond these nothing is simulated but overflow.
+for name, (least, most) in {
+    "operations_per_s": (1.0, 1e24),
+    "gbit_per_s": (1e-6, 1e12),
+    "latency_us": (0.0, 1e12),
+    "overhead_us": (0.0, 1e12),
+    "jitter": (0.0, 10.0),
+}.items():
     flags.register_validator(
         name,
-        lambda value: 0 < value < math.inf,
-        "must be above 0, and finite",
+        lambda value, least=least, most=most: least <= value <= most,
+        f"must be from {least:g} to {most:g}",
     )
-for name in ("latency_us", "overhead_us", "jitter"):
-    flags.register_validator(name, math.isfinite, "must be finite")
 
 # In the picture, where the limit would mostly lie below other curves.
 _NAMES = {
