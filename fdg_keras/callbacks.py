@@ -175,7 +175,7 @@ class PipelineMonitor(keras.callbacks.Callback):
             "emulated": not stages,
             "plan": self._plan,
             "settings": records.settings_record(
-                self.model, stages, self.params
+                self.model, self._trainer.settings, self.params
             ),
             "versions": records.versions(),
             "epochs": self._epochs,

@@ -14,8 +14,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from fdg_keras.pipeline import Settings
 from fdg_keras.plans import HERE, Plan
 from fdg_keras.statistics import StageStatistics
+from fdg_keras.transforms import GradientShrinking
 
 
 def plan_record(plan: Plan) -> list[dict[str, Any]]:
@@ -84,29 +86,34 @@ def stage_record(one: StageStatistics) -> dict[str, Any]:
 
 
 def settings_record(
-    model: keras.Model, statistics: list[StageStatistics], params: dict
+    model: keras.Model, settings: Settings, params: dict
 ) -> dict[str, Any]:
     """Returns what is known of how a model is trained.
 
     Args:
         model: The model.
-        statistics: Of its stages; empty if they are emulated.
+        settings: Those of its stages.
         params: Those of its callbacks.
     """
-    optimizer = model.optimizer
-    known = {
+    optimizer, shrink = model.optimizer, settings.transform
+    return {
         "model": model.name,
         "parameters": model.count_params(),
+        "delay": settings.delay,
+        "shrink": (
+            shrink.beta
+            if isinstance(shrink, GradientShrinking)
+            else repr(shrink)
+        ),
+        "stash": settings.stash,
+        "order": settings.order,
+        "corrections": [repr(one) for one in settings.corrections],
         "optimizer": type(optimizer).__name__,
         **optimizer.get_config(),
         "epochs": params.get("epochs"),
         "steps_per_epoch": params.get("steps"),
         "steps_per_execution": model.steps_per_execution,
     }
-    if statistics:
-        # A link holds one batch more than it delays.
-        known["delay"] = statistics[0].capacity - 1
-    return known
 
 
 def versions() -> dict[str, str]:

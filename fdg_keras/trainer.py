@@ -101,6 +101,8 @@ class Trainer:
 
     Attributes:
         model: The model.
+        settings: Its `delay`, `order`, `stash`, gradient `transform` (what
+            `shrink` stands for) and `corrections`.
 
     Raises:
         ValueError: If the model cannot be sliced this way, or an argument is
@@ -136,15 +138,13 @@ class Trainer:
         self._plan = planning.make_plan(graph, slices, names)
         if isinstance(splits, Plan):
             self._plan = advice.without_measured(splits).on(names)
-        self._settings = Settings(
-            int(delay), order, stash, transform, corrected
-        )
+        self.settings = Settings(int(delay), order, stash, transform, corrected)
         self._batch_size: int | None = None  # of the last `fit`
         self._warned: set[type] = set()
         self._warn_once()
         self._emulate = emulate
         self._deployment = Deployment(
-            model, graph, slices, names, self._settings, emulate
+            model, graph, slices, names, self.settings, emulate
         )
 
     @_watched
@@ -182,13 +182,13 @@ class Trainer:
         check_model(self.model)
         check_graph(self.model, self._graph)
         check_corrections(
-            self._settings.corrections,
+            self.settings.corrections,
             self.model.optimizer,
-            self._settings.stash,
+            self.settings.stash,
         )
         self._warn_once()
         check_idle(self.model)
-        check_emulation(self.model, self._emulate, self._settings.stash)
+        check_emulation(self.model, self._emulate, self.settings.stash)
         if self._emulate and verbose:
             print(f"Emulating {len(self._plan.stages)} stages, one by one.")
         check_sizes(
@@ -238,7 +238,7 @@ class Trainer:
                 self.model, callbacks, verbose, epochs, batches.steps, True
             )
             if self._is_in_motion:
-                hooks.warn_of_motion(self._settings.delay)
+                hooks.warn_of_motion(self.settings.delay)
             with hooks.introduced(self):
                 return passes.train(
                     self._deployment,
@@ -257,7 +257,7 @@ class Trainer:
             self._warned.add(kind)
             if not self.model.trainable_weights:  # As Keras.
                 warn("The model does not have any trainable weights.")
-            warn_if_shrinking_is_futile(self._settings.transform, self.model)
+            warn_if_shrinking_is_futile(self.settings.transform, self.model)
             warn_if_gradients_are_apart(self.model, len(self._plan.stages))
 
     @property
@@ -273,8 +273,8 @@ class Trainer:
         plan = advice.with_settings(
             self._plan,
             self._batch_size,
-            self._settings.delay,
-            self._settings.stash,
+            self.settings.delay,
+            self.settings.stash,
         )
         usages = self._deployment.totals.usages
         ticks = min((usage.ticks for usage in usages), default=0)
@@ -292,7 +292,7 @@ class Trainer:
         """Whether stages train other batches than callbacks are told of."""
         staged = len(self._plan.stages) > 1 and not self._emulate
         return bool(
-            staged and self._settings.delay and not self.model.run_eagerly
+            staged and self.settings.delay and not self.model.run_eagerly
         )
 
     @property

@@ -176,6 +176,10 @@ def test_the_json(folder):
     assert sum(stage["work"] for stage in run["plan"]) == pytest.approx(1)
     settings = run["settings"]
     assert settings["delay"] == 2
+    assert settings["shrink"] == 0.5
+    assert settings["stash"] == "exact"
+    assert settings["order"] == "forward_first"
+    assert settings["corrections"] == []
     assert settings["optimizer"] == "SGD"
     assert settings["learning_rate"] == pytest.approx(RATE)
     assert settings["epochs"] == EPOCHS
