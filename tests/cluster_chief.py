@@ -5,6 +5,7 @@
 It prints one JSON object for each thing it has to say.
 """
 
+import faulthandler
 import json
 import os
 import pathlib
@@ -311,6 +312,8 @@ def behind(devices, settings):
 
 
 def main():
+    # One that hangs says where before it is killed.
+    faulthandler.dump_traceback_later(190, exit=True)
     job, addresses = sys.argv[1:3]
     settings = json.loads(sys.argv[3]) if len(sys.argv) > 3 else {}
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -19,6 +19,7 @@ from worker_processes import ENVIRONMENT, Workers
 from fdg_keras import sockets
 
 CHIEF = pathlib.Path(cluster_chief.__file__)
+ROOT = CHIEF.parent.parent
 #: After so many seconds without a sign of life a worker is lost.
 TIMEOUT_S = 6.0
 
@@ -431,12 +432,36 @@ def test_the_network_is_cut(tmp_path, after, fault, why):
         timeout=240,
     )
     told = json.loads(done.stdout.splitlines()[-1])
-    assert told["error"] == "ConnectionError", done.stderr
+    assert told.get("error") == "ConnectionError", done.stderr
     assert re.search(why, told["message"])
     assert told["seconds"] < 30
     assert told["threads"] == ["MainThread"]
     with np.load(into) as found:
         assert_same([found[name] for name in found.files], after(1))
+
+
+@pytest.mark.skipif(
+    pathlib.Path(sys.prefix) != ROOT / ".venv",
+    reason="would install all into .venv",
+)
+def test_the_script(tmp_path):
+    """Two workers, the digits, and nobody is left behind."""
+    done = subprocess.run(
+        ["bash", "scripts/cluster.sh", "--smoke", f"--model_dir={tmp_path}"],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    (workers,) = re.findall("^Workers: (.*)$", done.stdout, re.MULTILINE)
+    for task, address in enumerate(workers.split(",")):
+        assert f"/job:worker/replica:0/task:{task}/" in done.stdout
+        end = ("127.0.0.1", sockets.split_address(address)[1])
+        reason = sockets.unanswered(end, 1.0)
+        assert isinstance(reason, ConnectionRefusedError)
+    assert re.search(r"^fdg_keras.Trainer +\d", done.stdout, re.MULTILINE)
 
 
 def test_workers_end_cleanly(pool):
