@@ -54,6 +54,23 @@ def test_a_case(bench):
     assert "mlp (3)" in bench._row(case)
 
 
+def test_a_case_of_emulation(monkeypatch):
+    """With a smaller network."""
+    script = importlib.import_module("bench_emulation")
+    build = script.bench_speed.build
+    monkeypatch.setattr(
+        script.bench_speed,
+        "build",
+        lambda name, hidden, batch: build("mlp", 4, batch),
+    )
+    cases = list(script.measure(8, 3, rounds=2))
+    assert [case["K"] for case in cases] == [1, 2, 4]
+    for case in cases:
+        assert len(case["ratios"]) == 2
+        assert case["keras_ms"] > 0
+        assert case["emulated_ms"] > 0
+
+
 def test_a_case_of_the_simulation():
     script = importlib.import_module("bench_simulation")
     cases = script.measure("mlp", 3, 32, 2, rounds=2)
