@@ -24,8 +24,9 @@ from trainers import methods, paper, recipes
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = {
-    path.name: path.read_text()
-    for path in [*ROOT.glob("docs/*.md"), ROOT / "docs/results/README.md"]
+    path.relative_to(ROOT / "docs").as_posix(): path.read_text()
+    for path in ROOT.glob("docs/**/*.md")
+    if path.name != "table.md"  # made by a script
 }
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
@@ -370,7 +371,8 @@ def test_links_lead_somewhere(page):
     text = FENCED.sub("", PAGES[page])
     for target in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
         path, _, anchor = target.partition("#")
-        file = ROOT / "docs" / (path or page)
+        here = ROOT / "docs" / page
+        file = here.parent / path if path else here
         assert file.exists(), target
         assert not anchor or anchor in anchors(file.read_text()), target
 
