@@ -84,11 +84,11 @@ class Connection:
         self._lookout = Lookout([task.end for task in tasks], timeout_s)
 
     def end(self) -> None:
-        """Forgets them: they could not be joined."""
+        """Forgets them: they could not be joined, or not all.
+
+        They are looked after still: TensorFlow may wait for some of them.
+        """
         self.tasks = []
-        if self._lookout is not None:
-            self._lookout.end()
-            self._lookout = None
 
 
 #: The one that TensorFlow allows for in a process.
@@ -170,10 +170,12 @@ class Vigil:
         # Workers are looked after for as long as one is waited for: else that
         # one might be lost, and waited for by a thread for ever.
         self._leaves.set()
-        self._sender.join()
-        self._ended.set()
-        for thread in self._askers:
-            thread.join()
+        try:
+            self._sender.join()
+        finally:  # Ctrl-C may come now.
+            self._ended.set()
+            for thread in self._askers:
+                thread.join()
 
     def wait_for_pairs(self) -> None:
         """Waits until each pair has sent once.

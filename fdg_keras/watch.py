@@ -61,9 +61,11 @@ class Watch:
             for task in self._tasks:
                 self._wait_for(task, deadline)
             self.check()
-            self._vigil.enter_context(
-                Vigil(self._tasks, self._pairs(), connection.timeout_s)
-            )
+            try:
+                vigil = Vigil(self._tasks, self._pairs(), connection.timeout_s)
+            except tf.errors.OpError as error:
+                raise self.find_loss() or error from error
+            self._vigil.enter_context(vigil)
         self._depth += 1
         return self
 

@@ -58,8 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"listens; or give this task another port. Received: {address}"
         )
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    server = _serve(spec, index, port, args.allow_network)
+    # Before anybody can connect, and look for them.
     cluster.publish_versions()
+    server = _serve(spec, index, port, args.allow_network)
     print(_greeting(spec, index, args.allow_network), flush=True)
     name = _wait_for_signal(signal.SIGTERM, signal.SIGINT)
     print(f"{name}: the worker at {server.target} ends.", flush=True)
@@ -164,9 +165,9 @@ def _wait_for_signal(*signals: signal.Signals) -> str:
     # one; a byte in a socket does.
     received, sent = socket.socketpair()
     sent.setblocking(False)
+    signal.set_wakeup_fd(sent.fileno())
     for number in signals:
         signal.signal(number, lambda *_: None)
-    signal.set_wakeup_fd(sent.fileno())
     while True:
         name = signal.Signals(received.recv(1)[0]).name
         if name in [one.name for one in signals]:

@@ -24,7 +24,7 @@ that takes and how busy each stage was.
 
 Expected: `--smoke` takes 20 seconds on two cores, and prints a table of three
 runs, whose test errors are near 90 %. The third is a part of what is in
-`docs/results/resnet20_10_epochs`: half an hour to an hour a run on two cores,
+`docs/results/resnet20_10_epochs`: half an hour to two hours a run on one core,
 19.5, 21.7 and 21.6 %. The others were not run to the end: 300 epochs of
 ResNet-56 are about two days a run on two cores, and WRN-28-10 wants GPUs.
 """

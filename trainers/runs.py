@@ -30,7 +30,8 @@ class Run:
         model_dir: Its folder, see `run_folder`.
         resume: Whether to go on from the latest checkpoint, if there is one.
             The rest of the run then is the same, to the bit, as without an
-            interruption.
+            interruption; emulated, or by one stage, as far as TensorFlow
+            rounds alike.
         data_dir: See `datasets.load`.
         download: See `datasets.load`.
         devices: See `fdg_keras.Trainer`.
