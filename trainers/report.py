@@ -185,7 +185,7 @@ def _times(run: dict[str, Any]) -> Iterable[tuple[str, str]]:
     if window is not None:
         names = [one["device"] for one in run["plan"]]
         yield (
-            f"{window.length:.3g} ms of epoch {epoch['epoch'] + 1}",
+            f"{_ms(window.length)} ms of epoch {epoch['epoch'] + 1}",
             charts.timeline(window, names)
             + "<figcaption>F: forward, B: backward and update; the number is "
             "the batch. Hatched: waiting. Blank: nothing was announced, or no "
@@ -196,12 +196,17 @@ def _times(run: dict[str, Any]) -> Iterable[tuple[str, str]]:
         "Who waits for whom",
         f"<p>Stage {slowest['stage']} sets the pace: it computes "
         f"{slowest['computing']:.1%} of its time, at "
-        f"{slowest['ms_per_tick']:.3g} ms per batch. Of epoch "
+        f"{_ms(slowest['ms_per_tick'])} ms per batch. Of epoch "
         f"{epoch['epoch'] + 1}, with the stages' filling and draining.</p>"
         + charts.bars(stages)
         + charts.keys((text, colour) for _, text, colour in charts.SHARES),
     )
     yield "Staleness", _staleness(stages)
+
+
+def _ms(milliseconds: float) -> str:
+    form = ",.0f" if milliseconds >= 100 else ".3g"
+    return f"{milliseconds:{form}}"
 
 
 def _staleness(stages: list[dict[str, Any]]) -> str:
@@ -214,7 +219,7 @@ def _staleness(stages: list[dict[str, Any]]) -> str:
         "learning rate": ("learning_rate", "{:.4g}"),
         "activations link": ("activations_link", "{:.0%}"),
         "gradients link": ("gradients_link", "{:.0%}"),
-        "ms per batch": ("ms_per_tick", "{:.3g}"),
+        "ms per batch": ("ms_per_tick", "{:,.4g}"),
         "peak MiB": ("memory_mib", "{:,.0f}"),
     }
     columns = {
