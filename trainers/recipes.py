@@ -138,7 +138,7 @@ class Recipe:
                     f"Expected `{name}` to be {least} or more. "
                     f"Received: {value!r}"
                 )
-        fdg_keras.GradientShrinking(self.shrink)
+        fdg_keras.GradientShrinking(self.shrink)  # It looks at its factor.
 
 
 def learning_rate(recipe: Recipe, epoch: int) -> float:
