@@ -237,6 +237,14 @@ def test_plans_are_as_right_as_was_measured():
     assert (len(cases), off) == (32, ["efficientnet_b0"] * 2)
     gains = [found[0]["end_to_end_ms"]["gain"] for found in networks.values()]
     assert sum(gain > 1.2 for gain in gains) == 6
+    again = (ROOT / "docs" / "results" / "plan_again.json").read_text()
+    found = collections.defaultdict(list)
+    for case in json.loads(again)["cases"]:
+        found[case["model"]].append(round(case["ratio"], 2))
+    assert found["mobilenet_v2"] == [1.0, 1.18, 1.23, 1.16]
+    assert found["efficientnet_b0"] == [1.05, 0.95, 1.09, 1.18]
+    others = found["unet"] + found["transformer"]
+    assert (len(others), min(others), max(others)) == (8, 0.95, 1.02)
 
 
 def test_simulations_are_as_right_as_was_measured():
