@@ -146,7 +146,7 @@ class Vigil:
         # For whom it is waited now, and since when.
         self._waits: tuple[tuple[str, str], float] | None = None
         self._sent = threading.Event()
-        self._failure: tf.errors.OpError | None = None
+        self._failure: Exception | None = None
         self._leaves, self._ended = threading.Event(), threading.Event()
         self._sender = threading.Thread(
             target=self._send, name="fdg-watch-pairs", daemon=True
@@ -255,8 +255,9 @@ class Vigil:
                     send()
                     self._waits = None
                 self._sent.set()
-        except tf.errors.OpError as error:
+        except Exception as error:
             self._failure = error
+        finally:  # Whatever it was, nobody waits for ever.
             self._sent.set()
 
 

@@ -16,6 +16,7 @@ second one.
 
 import argparse
 import json
+import os
 import statistics
 import time
 from pathlib import Path
@@ -104,7 +105,7 @@ def main():
     args = parser.parse_args()
     tf.config.set_visible_devices([], "GPU")
     result = {"machine": bench_speed._machine(), "cases": []}
-    bench_speed._pin({min(bench_speed.os.sched_getaffinity(0))})
+    bench_speed._pin({min(os.sched_getaffinity(0))})
     print(", ".join(f"{k} {v}" for k, v in result["machine"].items()))
     print(
         f"{'network':<10}{'batch':>5}{'K':>3}{'Keras':>10}{'emulated':>10}"

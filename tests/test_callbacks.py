@@ -443,6 +443,8 @@ def test_its_pages_can_be_seen(tensorboard, tmp_path):
                 # A line has the colour of its run; one may hide another.
                 bright = [c for c in lines if max(c) - min(c) > 120]
                 assert len(bright) >= 2, (top, left)
+    lines = [c for c in found["custom_scalars"] if max(c) - min(c) > 120]
+    assert len(lines) >= K
     # Of forwards and of backwards.
     batches = [
         tuple(

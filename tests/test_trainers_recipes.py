@@ -164,6 +164,7 @@ def test_a_run_leaves_its_folder(run, tmp_path):
 @pytest.mark.parametrize(
     ("name", "epochs"),
     [
+        ("history.csv", 0),
         ("checkpoint-0001.keras", 0),
         ("checkpoint-0002.keras", 1),
         ("model.keras", 3),

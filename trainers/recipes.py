@@ -11,13 +11,12 @@ from collections.abc import Collection, Sequence
 
 import fdg_keras
 from fdg_keras.crossing import STASHES, Stash
-from fdg_keras.delays import Order
+from fdg_keras.delays import ORDERS, Order
 from trainers import datasets, models
 
 TRAININGS = ("delayed_gradients", "local_losses", "data_parallel")
 OPTIMIZERS = ("sgd", "adam", "adamw")
 CORRECTIONS = ("weight_prediction", "delay_compensation", "lr_rescheduling")
-ORDERS = ("forward_first", "update_first")
 POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16"}
 
 # What a setting, or each part of it, must be one of.

@@ -8,6 +8,7 @@ import tensorflow as tf
 from absl import flags
 
 from fdg_keras.crossing import STASHES
+from fdg_keras.delays import ORDERS
 from trainers import datasets, models, recipes
 
 FLAGS = flags.FLAGS
@@ -41,7 +42,7 @@ def define_stages() -> None:
     flags.DEFINE_enum(
         "order",
         "forward_first",
-        list(recipes.ORDERS),
+        list(ORDERS),
         "What a stage does first at each tick.",
     )
     flags.DEFINE_list(
