@@ -13,10 +13,12 @@ stages, and prints
                Found in another way than the plan's: for K = 2 and 3 by trying
                all cuts, for more by halving the range in which it must lie
     predicted  milliseconds of a tick of the plan's slowest stage
-    measured   the same, its loop running alone (median of rounds)
+    measured   the same, its loop running alone
     ratio      measured over predicted
 
-and for K = 2 the milliseconds of a step end to end, with the plan's cut, with
+where layers are measured again in each round, shortly before the stage is: the
+machine may be faster or slower at another time. All three are medians. For
+K = 2 follow the milliseconds of a step end to end, with the plan's cut, with
 the cut by estimated operations that `splits=2` stands for, and with the cut
 that halves the parameters, taking turns (medians of rounds).
 
@@ -206,24 +208,44 @@ def _hold_on(cores):
             os.sched_setaffinity(int(thread), cores)
 
 
+def plan_anew(model, count, batch):
+    """Returns a plan, nothing being known before."""
+    devices = [f"CPU:{k}" for k in range(count)]
+    with tempfile.TemporaryDirectory() as fresh:
+        return fdg_keras.plan(model, count, batch, devices, cache_dir=fresh)
+
+
 def alone(built, plan, rounds):
-    """Returns seconds of a tick of the slowest stage, nothing else running."""
+    """Returns seconds of ticks of the slowest stage, predicted and measured.
+
+    Args:
+        built: The model and its data.
+        plan: Of the model.
+        rounds: How often both are measured, in turns.
+
+    Returns:
+        Arrays `[rounds]`, of the stage's layers by the costs of each round, and
+        of its loop while nothing else runs.
+    """
     linked = bench_speed.Linked(built, plan, 2)
     unlinked = bench_speed.Unlinked(linked, plan.batch_size)
     slowest = max(range(len(plan.stages)), key=lambda k: plan.stages[k].tick_s)
-    loop = unlinked.loops[slowest]
-    times = []
+    stage, loop = plan.stages[slowest], unlinked.loops[slowest]
+    begin = [0, *plan.cuts][slowest]
+    ticks = max(int(0.5 / stage.tick_s), 2)
+    predicted, measured = [], []
     with linked.pipeline():
         loop(loop.late, 2, 0, 0.01)
-        start = time.perf_counter()
-        loop(0, 2, 0, 0.01)
-        ticks = max(int(0.5 / ((time.perf_counter() - start) / 2)), 2)
         for _ in range(rounds):
+            again = plan_anew(built[0], len(plan.stages), plan.batch_size)
+            costs = [cost for one in again.stages for cost in one.costs]
+            layers_s = sum(costs[begin : begin + len(stage.layers)])
+            predicted.append(stage.tick_s - sum(stage.costs) + layers_s)
             start = time.perf_counter()
             loop(0, ticks, 0, 0.01)
-            times.append((time.perf_counter() - start) / ticks)
+            measured.append((time.perf_counter() - start) / ticks)
         loop(0, 0, loop.late, 0.01)
-    return plan.stages[slowest].tick_s, statistics.median(times)
+    return np.array(predicted), np.array(measured)
 
 
 def end_to_end(name, batch, plan, rounds):
@@ -254,21 +276,13 @@ def end_to_end(name, batch, plan, rounds):
 
 
 def measure(name, splits, rounds):
-    """Measures one network; yields entries of the JSON file.
-
-    Layers are measured anew for each number of stages, shortly before the
-    stages are: the machine may be faster or slower at another time.
-    """
+    """Measures one network; yields entries of the JSON file."""
     batch = CASES[name]
     for count in splits:
         built = build(name, batch)
-        devices = [f"CPU:{k}" for k in range(count)]
         with one_core():
             start = time.perf_counter()
-            with tempfile.TemporaryDirectory() as fresh:
-                plan = fdg_keras.plan(
-                    built[0], count, batch, devices, cache_dir=fresh
-                )
+            plan = plan_anew(built[0], count, batch)
             seconds = time.perf_counter() - start
             predicted, measured = alone(built, plan, rounds)
         graph = trace_graph(built[0])
@@ -281,9 +295,10 @@ def measure(name, splits, rounds):
             "K": count,
             "plan_s": seconds,
             "best": best_bottleneck(costs, ends, count) / slowest,
-            "predicted_ms": 1e3 * predicted,
-            "measured_ms": 1e3 * measured,
-            "ratio": measured / predicted,
+            "predicted_ms": 1e3 * np.median(predicted),
+            "measured_ms": 1e3 * np.median(measured),
+            "ratio": np.median(measured / predicted),
+            "ratios": list(measured / predicted),
         }
         if count == 2:
             entry["end_to_end_ms"] = end_to_end(name, batch, plan, rounds)

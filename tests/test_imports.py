@@ -53,6 +53,8 @@ LADDER = [
     "keys",
     "profiles",
     "specs",
+    "pieces",
+    "laps",
     "profiling",
     "reads",
     "stashes",
