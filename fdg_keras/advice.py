@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fdg_keras.crossing import Stash
 from fdg_keras.planning import balance, legal_ends
 from fdg_keras.plans import Plan
 from fdg_keras.profiling import description
@@ -69,6 +70,33 @@ def without_measured(plan: Plan) -> Plan:
     )
     return dataclasses.replace(
         plan, stages=stages, measured_step_s=None, advice=None
+    )
+
+
+def with_held(
+    plan: Plan,
+    held: Sequence[tuple[int, int]],
+    batch_size: int | None,
+    delay: int,
+    stash: Stash,
+) -> Plan:
+    """Returns a plan with the bytes that stages hold, if it had none.
+
+    Args:
+        plan: Of stages that were not sized.
+        held: What each sends of a batch, and stashes at most; or nothing.
+        batch_size: Of what batches.
+        delay: With what delay.
+        stash: With what stash mode.
+    """
+    if not held or plan.stages[0].stash_bytes is not None:
+        return plan
+    stages = tuple(
+        dataclasses.replace(stage, sends_bytes=sent, stash_bytes=stash)
+        for stage, (sent, stash) in zip(plan.stages, held)
+    )
+    return dataclasses.replace(
+        plan, stages=stages, batch_size=batch_size, delay=delay, stash=stash
     )
 
 

@@ -1,4 +1,4 @@
-"""The clocks of other machines, compared with that of this one."""
+"""The clock that TensorFlow reads, here and on other machines."""
 
 import time
 
@@ -8,6 +8,26 @@ from fdg_keras.placement import host_of
 
 # Of so many readings the one that took least time is the best.
 _READINGS = 8
+
+
+def check_clock(reader: str, advice: str) -> None:
+    """Refuses to trace what TensorFlow would refuse to run.
+
+    Args:
+        reader: Who reads the clock, and what for: begins a sentence.
+        advice: What to do instead: ends one.
+
+    Raises:
+        ValueError: If operations must be deterministic.
+    """
+    try:
+        tf.timestamp()
+    except tf.errors.FailedPreconditionError as error:
+        raise ValueError(
+            f"{reader}. TensorFlow does not allow that after "
+            "`tf.config.experimental.enable_op_determinism()`. Expected "
+            f"{advice}. Received: {error.message}"
+        ) from error
 
 
 def offset_of(device: str) -> float:

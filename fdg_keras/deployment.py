@@ -108,6 +108,16 @@ class Deployment:
     def __exit__(self, *details: Any) -> None:
         self._loan.__exit__(*details)
 
+    def held_bytes(self, batch_size: int) -> list[tuple[int, int]]:
+        """Returns what `Pipeline.held_bytes` does of the stages that train.
+
+        Empty if there are none, or they are emulated.
+        """
+        built = self._built.get("train")
+        if built is None or not isinstance(built.pipeline, Pipeline):
+            return []
+        return built.pipeline.held_bytes(batch_size)
+
     def _forget(self) -> None:
         """Lets go of what was built, and counts steps as of the last save."""
         built = self._built.get("train")

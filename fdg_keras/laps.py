@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from fdg_keras.clocks import check_clock
 from fdg_keras.pieces import Piece
 from fdg_keras.placement import host_of
 from fdg_keras.profiles import Profile
@@ -43,8 +44,13 @@ def timed(pieces: Sequence[Piece], device: str) -> list[Profile]:
         device: Where they run, a full TensorFlow name.
 
     Raises:
-        ValueError: If one alone needs more memory than there is.
+        ValueError: If one alone needs more memory than there is, or TensorFlow
+            does not allow to read the clock.
     """
+    check_clock(
+        "Layers are measured by the clock",
+        "`measure=False`, or a plan that another program has made",
+    )
     try:
         return _Laps(pieces, device).run()
     except (tf.errors.ResourceExhaustedError, MemoryError) as error:

@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from fdg_keras import _keras, delays
 from fdg_keras.checks import check_gradients
+from fdg_keras.clocks import check_clock
 from fdg_keras.corrections import Correction
 from fdg_keras.crossing import Stash
 from fdg_keras.data import Spec
@@ -22,6 +23,7 @@ from fdg_keras.objective import Objective
 from fdg_keras.placement import host_of
 from fdg_keras.probes import Probe, Recorder
 from fdg_keras.slicing import Graph, Slice
+from fdg_keras.specs import batch_spec, size_of
 from fdg_keras.stages import Boundary, Stage
 from fdg_keras.transforms import GradientTransformer
 from fdg_keras.updates import Update
@@ -71,7 +73,12 @@ class Pipeline:
         jit_compile: bool,
         probed: bool = False,
     ):
-        _check_clock()
+        check_clock(
+            "Stages read the clock to tell who waits for whom",
+            "a program without it: on CPUs runs of one seed are the same to "
+            "the bit anyway; or a `fit` with `emulate=True` and without "
+            "validation",
+        )
         self._graph = graph
         self._settings = settings
         self._optimizers = optimizers
@@ -262,6 +269,24 @@ class Pipeline:
         """Batches of delay per hop; forwards alone run ahead by one."""
         return self._settings.delay if self._settings else 1
 
+    def held_bytes(self, batch_size: int) -> list[tuple[int, int]]:
+        """Returns what each stage sends of a batch, and stashes at most.
+
+        Args:
+            batch_size: Samples of a batch.
+        """
+        settings = self._settings
+        assert settings is not None  # It trains.
+        found = []
+        for k, stage in enumerate(self.stages):
+            specs = stage.outgoing.specs if stage is not self.stages[-1] else ()
+            sent = sum(size_of(batch_spec(s, batch_size)) for s in specs)
+            how = (k, len(self.stages), settings.delay, settings.order)
+            batches, updates = delays.in_flight(*how), delays.staleness(*how)
+            stash = stage.stash_bytes(settings.stash, batch_size)
+            found.append((sent, stash.total(batches, updates)))
+        return found
+
     def _positions(self, stage: Stage) -> list[int]:
         return [self._input_at[v] for v in stage.slice.feeds]
 
@@ -302,18 +327,3 @@ class Pipeline:
         """Returns all links, each once."""
         links = [link for loop in self.loops for link in loop.links]
         return list({id(link): link for link in links}.values())
-
-
-def _check_clock() -> None:
-    """Refuses to trace loops which TensorFlow would refuse to run."""
-    try:
-        tf.timestamp()
-    except tf.errors.FailedPreconditionError as error:
-        raise ValueError(
-            "Stages read the clock to tell who waits for whom. TensorFlow "
-            "does not allow that after `tf.config.experimental."
-            "enable_op_determinism()`. Expected a program without it: on CPUs "
-            "runs of one seed are the same to the bit anyway; or a `fit` with "
-            "`emulate=True` and without validation. "
-            f"Received: {error.message}"
-        ) from error

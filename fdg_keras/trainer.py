@@ -268,14 +268,16 @@ class Trainer:
         a tick of that `fit`, and the plan its `measured_step_s`. The first
         epoch is left out if there were others. Then its `advice` says whether
         a cut is worth moving, and where to, if there were ticks enough. It also
-        says so if the plan was made for another batch, delay or stash.
+        says so if the plan was made for another batch, delay or stash. Stages
+        that no `Plan` was given for have the bytes that they send and stash of
+        such batches as were trained, unless they were emulated.
         """
-        plan = advice.with_settings(
-            self._plan,
-            self._batch_size,
-            self.settings.delay,
-            self.settings.stash,
-        )
+        batch_size, settings = self._batch_size, self.settings
+        how = batch_size, settings.delay, settings.stash
+        plan = advice.with_settings(self._plan, *how)
+        if batch_size:
+            held = self._deployment.held_bytes(batch_size)
+            plan = advice.with_held(plan, held, *how)
         usages = self._deployment.totals.usages
         ticks = min((usage.ticks for usage in usages), default=0)
         if not ticks:

@@ -626,6 +626,9 @@ def test_determinism_of_operations():
         model = model_of(layers.Dense(3), layers.Dense(2))
         with pytest.raises(ValueError, match="enable_op_determinism"):
             fit(model)
+        with pytest.raises(ValueError, match="measure=False"):
+            fdg_keras.plan(model, 2, 4)
+        assert fdg_keras.plan(model, 2, 4, measure=False).cuts
         fit(model, emulate=True)
     finally:
         config.disable_op_determinism()
