@@ -233,18 +233,21 @@ def test_plans_are_as_right_as_was_measured():
         assert line in PAGES["choosing.md"]
     assert len(networks) == 8
     cases = [case for found in networks.values() for case in found]
-    off = [c["model"] for c in cases if abs(c["ratio"] - 1) > 0.15]
-    assert (len(cases), off) == (32, ["efficientnet_b0"] * 2)
+    off = {
+        (case["model"], case["K"]): round(case["ratio"], 2)
+        for case in cases
+        if abs(case["ratio"] - 1) > 0.15
+    }
+    assert len(cases) == 32
+    assert off == {("efficientnet_b0", 8): 1.18, ("unet", 4): 1.20}
+    (rounds,) = (
+        case["ratios"]
+        for case in cases
+        if (case["model"], case["K"]) == ("unet", 4)
+    )
+    assert sorted(round(ratio, 2) for ratio in rounds) == [1.01, 1.2, 1.21]
     gains = [found[0]["end_to_end_ms"]["gain"] for found in networks.values()]
     assert sum(gain > 1.2 for gain in gains) == 6
-    again = (ROOT / "docs" / "results" / "plan_again.json").read_text()
-    found = collections.defaultdict(list)
-    for case in json.loads(again)["cases"]:
-        found[case["model"]].append(round(case["ratio"], 2))
-    assert found["mobilenet_v2"] == [1.0, 1.18, 1.23, 1.16]
-    assert found["efficientnet_b0"] == [1.05, 0.95, 1.09, 1.18]
-    others = found["unet"] + found["transformer"]
-    assert (len(others), min(others), max(others)) == (8, 0.95, 1.02)
 
 
 def test_simulations_are_as_right_as_was_measured():
