@@ -207,14 +207,12 @@ def test_bytes_are_those_that_were_measured():
         columns = ("held", "at_most", "peak", "sum", "planned_sum")
         cells = [case[f"{key}_bytes"] / 2**20 for key in columns]
         cells += [case["step_ms"], case["expected_ms"]]
-        assert 0.85 < case["expected_ms"] / case["step_ms"] < 1.15
+        assert 0.92 <= round(case["expected_ms"] / case["step_ms"], 2) <= 1.14
         row = [case["network"], f"`{case['stash']!r}`", *map(round, cells)]
         line = "| " + " | ".join(map(str, row)).replace("'", '"') + " |"
         assert line in PAGES["how_it_works.md"]
     assert len(cases) == 8
-    *most, worst = sorted(peaks)
-    assert 0.94 <= round(most[0], 2) <= round(most[-1], 2) <= 1.04
-    assert round(worst, 2) == 1.14
+    assert 0.96 <= round(min(peaks), 2) <= round(max(peaks), 2) <= 1.1
 
 
 def test_plans_are_as_right_as_was_measured():
