@@ -160,8 +160,10 @@ class _Laps:
             )
             forwards.append(seconds)
             ends.append((outputs, piece.stage.pair.stash(given, made)))
-            for value, output in zip(piece.node.outputs, outputs):
-                # One that has other rows than planned does not fit the next.
+            made_here = zip(piece.node.outputs, outputs)
+            for value, output in itertools.compress(made_here, piece.floating):
+                # One that has other rows than planned does not fit the next,
+                # and no whole number may be out of the next one's range.
                 sample = self._samples.get(value)
                 if sample is not None and sample.shape == output.shape:
                     values[value] = output
@@ -173,10 +175,12 @@ class _Laps:
                 backwards.append(tf.zeros([], tf.float64))
                 continue
             # Of what has no gradient from behind, half the square is the loss.
-            made = zip(piece.node.outputs, outputs)
+            made_here = zip(piece.node.outputs, outputs)
             above = [
                 gradients.get(value, output)
-                for value, output in itertools.compress(made, piece.floating)
+                for value, output in itertools.compress(
+                    made_here, piece.floating
+                )
             ]
             (_, below), _, seconds = clock.time(pair.backward, [*above, *stash])
             backwards.append(seconds)

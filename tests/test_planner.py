@@ -739,6 +739,15 @@ def test_each_layer_has_the_time_that_it_takes():
         assert 0 < dense.backward_s < sleeps.backward_s
 
 
+def test_indices_that_are_computed():
+    """What stands for a batch gives none that is out of range."""
+    inputs = keras.Input((4,))
+    h = keras.ops.cast(1000 * inputs, "int32")
+    h = layers.Flatten()(layers.Embedding(5, 3)(h))
+    model = keras.Model(inputs, layers.Dense(2)(h))
+    assert fdg_keras.plan(model, 2, 8, ["CPU:0", "CPU:1"]).step_s > 0
+
+
 @pytest.mark.parametrize("name", list(zoo.ZOO))
 def test_any_model_can_be_planned(name):
     model = zoo.ZOO[name]().model
