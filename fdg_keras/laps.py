@@ -252,6 +252,7 @@ def _first(tensor: tf.Tensor) -> tf.Tensor:
 def _sample(spec: tf.TensorSpec) -> tf.Tensor:
     """Returns what may stand for a value: no index is out of any range."""
     if spec.dtype.is_floating:
-        values = tf.random.stateless_normal(spec.shape, [1, 2])
+        # From 0 to 1: an `Embedding` takes whole numbers as floats, too.
+        values = tf.random.stateless_uniform(spec.shape, [1, 2])
         return tf.cast(values, spec.dtype)
     return tf.zeros(spec.shape, spec.dtype)
