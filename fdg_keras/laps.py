@@ -33,19 +33,24 @@ _MOST_LAPS = 1000
 # run, such as the backward of what has none.
 _LEAST_S = 1e-9
 
+_TOO_LARGE = tf.errors.ResourceExhaustedError, MemoryError
+# What a layer fails with that is given what it cannot take.
+_NOT_TAKEN = tf.errors.InvalidArgumentError, tf.errors.UnimplementedError
+
 
 def timed(pieces: Sequence[Piece], device: str) -> list[Profile]:
     """Measures pieces of a model in one step; returns a profile of each.
 
-    What does not fit on the device at once is measured in two halves.
+    What does not fit on the device at once is measured in two halves, and so is
+    what does not take what the layers before it make of a batch of samples.
 
     Args:
         pieces: In the order of the model, one or more.
         device: Where they run, a full TensorFlow name.
 
     Raises:
-        ValueError: If one alone needs more memory than there is, or TensorFlow
-            does not allow to read the clock.
+        ValueError: If one alone needs more memory than there is, or does not
+            take samples; or if TensorFlow does not allow to read the clock.
     """
     check_clock(
         "Layers are measured by the clock",
@@ -53,17 +58,28 @@ def timed(pieces: Sequence[Piece], device: str) -> list[Profile]:
     )
     try:
         return _Laps(pieces, device).run()
-    except (tf.errors.ResourceExhaustedError, MemoryError) as error:
+    except (*_TOO_LARGE, *_NOT_TAKEN) as error:
         half = len(pieces) // 2
         if not half:
-            batch_size = pieces[0].batch_size
-            raise ValueError(
-                f"{pieces[0].node.name!r} alone needs more memory than "
-                f"{device} has. Expected a `batch_size` with which each layer "
-                "fits; `measure=False` tells the bytes of a plan without "
-                f"running it. Received: batch_size={batch_size}"
-            ) from error
+            raise ValueError(_refused(pieces[0], device, error)) from error
     return [*timed(pieces[:half], device), *timed(pieces[half:], device)]
+
+
+def _refused(piece: Piece, device: str, error: Exception) -> str:
+    """Returns what to say of a piece that cannot be run alone."""
+    if isinstance(error, _TOO_LARGE):
+        return (
+            f"{piece.node.name!r} alone needs more memory than {device} has. "
+            "Expected a `batch_size` with which each layer fits; "
+            "`measure=False` tells the bytes of a plan without running it. "
+            f"Received: batch_size={piece.batch_size}"
+        )
+    return (
+        f"{piece.node.name!r} does not take what stands for a batch while "
+        "layers are measured: floats from 0 to 1, and else zeros. Expected a "
+        "layer that does; or `measure=False`, which runs nothing. Received: "
+        f"{error}"
+    )
 
 
 class _Laps:
@@ -162,10 +178,10 @@ class _Laps:
             ends.append((outputs, piece.stage.pair.stash(given, made)))
             made_here = zip(piece.node.outputs, outputs)
             for value, output in itertools.compress(made_here, piece.floating):
-                # One that has other rows than planned does not fit the next,
-                # and no whole number may be out of the next one's range.
+                # One of other rows or another dtype than planned does not fit
+                # the next; and no whole number may be out of its range.
                 sample = self._samples.get(value)
-                if sample is not None and sample.shape == output.shape:
+                if sample is not None and _alike(sample, output):
                     values[value] = output
         gradients: dict[int, tf.Tensor] = {}
         backwards = []
@@ -242,11 +258,18 @@ class _Clock:
         return results, given, stop - start
 
 
+def _alike(a: tf.Tensor, b: tf.Tensor) -> bool:
+    return bool(a.dtype == b.dtype and a.shape == b.shape)
+
+
 def _first(tensor: tf.Tensor) -> tf.Tensor:
     """Returns a number that is known when the whole tensor is."""
     if tensor.dtype == tf.variant:
         return tf.constant(0.0)
-    return tf.reduce_sum(tf.cast(tf.reshape(tensor, [-1])[:1], tf.float32))
+    first = tf.reshape(tensor, [-1])[:1]
+    if tensor.dtype == tf.string:
+        first = tf.strings.length(first)
+    return tf.reduce_sum(tf.cast(first, tf.float32))
 
 
 def _sample(spec: tf.TensorSpec) -> tf.Tensor:

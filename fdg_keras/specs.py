@@ -6,7 +6,12 @@ import tensorflow as tf
 
 
 def batch_spec(symbol: Any, batch_size: int) -> tf.TensorSpec:
-    """Returns shape and dtype of a value in a batch; other unknowns are 1."""
+    """Returns shape and dtype of a value in a batch; other unknowns are 1.
+
+    Not even how many axes there are need be known; that stays so.
+    """
+    if tf.TensorShape(symbol.shape).rank is None:
+        return tf.TensorSpec(None, symbol.dtype)
     shape = [
         d or (1 if axis else batch_size) for axis, d in enumerate(symbol.shape)
     ]

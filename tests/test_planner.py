@@ -750,6 +750,100 @@ def test_indices_that_are_floats_or_computed(indices):
     assert fdg_keras.plan(model, 2, 64, ["CPU:0", "CPU:1"]).step_s > 0
 
 
+class Makes(layers.Layer):
+    """Makes another dtype than it tells Keras, as a softmax in float32 may."""
+
+    def __init__(self, made):
+        super().__init__()
+        self._made = made
+
+    def call(self, x):
+        return keras.ops.cast(x, self._made)
+
+    def compute_output_spec(self, x):
+        return keras.KerasTensor(x.shape, x.dtype)
+
+
+@pytest.mark.parametrize("made", ["float16", "int32", "float64"])
+def test_a_dtype_that_was_not_told(made):
+    inputs = keras.Input((4,))
+    h = Makes(made)(layers.Dense(4)(inputs))
+    model = keras.Model(inputs, layers.Dense(2)(h))
+    plan = fdg_keras.plan(model, 2, 8, ["CPU:0", "CPU:1"])
+    assert all(cost > 0 for stage in plan.stages for cost in stage.costs)
+
+
+class Lower(layers.Layer):
+    def call(self, x):
+        return tf.strings.lower(x)
+
+    def compute_output_spec(self, x):
+        return keras.KerasTensor(x.shape, "string")
+
+
+def test_strings_between_layers():
+    inputs = keras.Input((4,), dtype="string")
+    h = Lower()(inputs)
+    h = layers.Embedding(4, 3)(layers.StringLookup(vocabulary=["a", "b"])(h))
+    model = keras.Model(inputs, layers.Dense(2)(layers.Flatten()(h)))
+    assert fdg_keras.plan(model, 2, 8, ["CPU:0", "CPU:1"]).step_s > 0
+
+
+class Picky(layers.Layer):
+    """Takes what is above a limit, if it must."""
+
+    def __init__(self, limit, name):
+        super().__init__(name=name)
+        self._limit = limit
+
+    def call(self, x):
+        limit = tf.constant(self._limit, x.dtype)
+        with tf.control_dependencies([tf.debugging.assert_greater(x, limit)]):
+            return tf.identity(x)
+
+
+def test_a_layer_that_does_not_take_samples():
+    """It is named; one that does not take what others make runs alone."""
+
+    def model(first, last):
+        inputs = keras.Input((4,))
+        h = Picky(last, name="last")(Picky(first, name="first")(inputs) - 5)
+        return keras.Model(inputs, layers.Dense(2)(h))
+
+    assert fdg_keras.plan(model(-1.0, -1.0), 2, 8, ["CPU:0"] * 2).step_s > 0
+    with pytest.raises(
+        ValueError, match=r"(?s)'last' does not take .*`measure=False`"
+    ):
+        fdg_keras.plan(model(-1.0, 1.0), 2, 8, ["CPU:0"] * 2)
+
+
+class Unranked(layers.Layer):
+    def call(self, x):
+        twice = tf.numpy_function(
+            lambda x: 2 * x, [tf.stop_gradient(x)], tf.float32
+        )
+        return twice
+
+    def compute_output_spec(self, x):
+        return keras.KerasTensor(x.shape, x.dtype)
+
+
+class Ranked(layers.Layer):
+    def call(self, x, y):
+        return x + tf.ensure_shape(y, [None, 4])
+
+
+def test_bytes_of_a_stage_that_sends_what_has_no_rank():
+    inputs = keras.Input((4,))
+    h = layers.Dense(4)(inputs)
+    h = Ranked()(h, Unranked(name="unranked")(h))
+    model = _compiled(keras.Model(inputs, layers.Dense(2)(h)))
+    trainer = Trainer(model, ["unranked"], ["CPU:0", "CPU:1"])
+    trainer.fit(np.ones((16, 4)), np.ones((16, 2)), 8, verbose=0)
+    # What is known: the other tensor.
+    assert trainer.plan.stages[0].sends_bytes == 4 * 4 * 8
+
+
 @pytest.mark.parametrize("name", list(zoo.ZOO))
 def test_any_model_can_be_planned(name):
     model = zoo.ZOO[name]().model
