@@ -111,6 +111,10 @@ class Watch:
             if task in connection.lost or task in connection.forsaken:
                 continue
             reason = sockets.unanswered(task.end, ANSWER_S)
+            if isinstance(reason, ConnectionResetError):
+                # It is about to end. Asked again, it says what it has come to.
+                time.sleep(CUT_S)
+                reason = sockets.unanswered(task.end, ANSWER_S) or reason
             if reason is not None:
                 connection.lost[task] = str(reason)
                 continue

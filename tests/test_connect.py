@@ -113,6 +113,20 @@ def test_the_end_does_not_wait_for_a_worker_that_is_gone(monkeypatch, reason):
     assert cut == ([task.end] if reason else [])
 
 
+@pytest.mark.parametrize(
+    "then", [ConnectionRefusedError("refused"), ConnectionResetError("reset")]
+)
+def test_a_worker_that_is_about_to_end_is_asked_again(monkeypatch, then):
+    """Whoever is told of a loss hears what has become of the worker."""
+    answers = [ConnectionResetError("reset"), then]
+    there = vigil.Connection()
+    there.tasks = [vigil.Task(0, "there:1", ("127.0.0.1", 1))]
+    monkeypatch.setattr(watch, "connection", there)
+    monkeypatch.setattr(sockets, "unanswered", lambda *_: answers.pop(0))
+    loss = watch.Watch([there.tasks[0].host]).find_loss()
+    assert str(loss).endswith(f"runs stage 0: {then}")
+
+
 def test_those_who_are_silent_share_the_time(monkeypatch):
     """However many they are."""
     servers, there = [], vigil.Connection()
