@@ -1,6 +1,6 @@
 """What the stages keep in flight: bytes predicted and measured, and the time.
 
-    .venv/bin/python scripts/bench_memory.py --json memory.json  (5 minutes)
+    .venv/bin/python scripts/bench_memory.py --json memory.json  (15 minutes)
     .venv/bin/python scripts/bench_memory.py --network transformer --steps 8
 
 Prints, for each network and stash mode, each in a process of its own:
