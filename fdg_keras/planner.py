@@ -95,7 +95,10 @@ def plan(
             often or was compiled with what cannot be done in stages, or a
             stage does not fit in memory; then it names the stage, by how much
             it is too large, and what would fit, before layers are measured.
-            Or a layer is too large to be measured at all; then it is named.
+            Or a layer is too large to be measured at all, or does not take
+            the batch that is made up, of floats from 0 to 1 and else zeros;
+            then it is named. Or TensorFlow does not allow to read the clock
+            (`enable_op_determinism`), for which `measure=False` has no need.
         ConnectionError: If a worker is lost meanwhile.
     """
     splits, batch_size = _checked(splits, batch_size)
