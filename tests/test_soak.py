@@ -45,7 +45,11 @@ class CountingDense(keras.layers.Dense):
 
 
 class Watch(keras.callbacks.Callback):
-    """Memory in bytes, and traces so far, at the end of each epoch."""
+    """Memory in bytes, and traces so far, at the end of each epoch.
+
+    Pages of libraries are not counted: the system takes them away and brings
+    them back as it likes.
+    """
 
     def __init__(self):
         super().__init__()
@@ -53,7 +57,8 @@ class Watch(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         gc.collect()
-        self.memory.append(psutil.Process().memory_info().rss)
+        memory = psutil.Process().memory_info()
+        self.memory.append(memory.rss - memory.shared)
         self.traces.append(Counting.traces)
 
 
@@ -89,10 +94,11 @@ def test_memory_and_traces(stash):
     assert len(history.epoch) == epochs
     assert int(model.optimizer.iterations) == epochs * STEPS
     assert len(set(watch.traces)) == 1
-    settled = watch.memory[len(watch.memory) // 4 :]
-    assert max(settled) - min(settled) < LIMIT, [
-        m / 2**20 for m in watch.memory
-    ]
+    # It may fall, where what other tests left behind is given back, but from
+    # no epoch to any later one may it rise.
+    settled = np.array(watch.memory[len(watch.memory) // 4 :])
+    rise = settled - np.minimum.accumulate(settled)
+    assert rise.max() < LIMIT, (settled / 2**20).tolist()
 
 
 def test_many_fits_trace_once():
