@@ -3,7 +3,9 @@
 A layer is measured as a stage of its own: the forward and the backward that
 the engine would run. What is found of Keras' own layers is kept on disk, so
 that a plan of the same layers need not measure again. Code that is not Keras'
-may be another one tomorrow: what it is in is measured by each plan.
+may be another one tomorrow: what it is in is measured by each plan. If anything
+is measured, then all is, together: how long a layer takes depends on what runs
+before it, and the machine is not today what it was yesterday.
 """
 
 import os
@@ -58,12 +60,12 @@ class Profiler:
         self._elsewhere = (device, jit_compile, cache_dir)
         needed = needs_gradient(graph)
         setting = (batch_size, jit_compile, *where(device))
-        how = (batch_size, device, jit_compile)
         self._cache = ProfileCache(cache_dir)
         self._keys: list[str] = []
         self._lasting: dict[str, bool] = {}
         self._found: dict[str, Profile] = {}
-        self._pieces: dict[str, Piece] = {}
+        self._pieces: dict[str, Piece] = {}  # of what is not known
+        self._first: dict[str, tuple[Node, bool]] = {}
         self.specs = [batch_spec(s, batch_size) for s in graph.symbols]
         for node in graph.nodes:
             asked = any(needed[v] for v in node.inputs)
@@ -71,11 +73,12 @@ class Profiler:
             self._keys.append(key)
             if key not in self._lasting:
                 self._lasting[key] = lasts
+                self._first[key] = node, asked
                 known = _cached(self._cache, key, node) if lasts else None
                 if known is not None:
                     self._found[key] = known
                 else:
-                    self._pieces[key] = Piece(node, self.specs, asked, *how)
+                    self._pieces[key] = self._piece(key)
             for value, shape in zip(node.outputs, self._untimed(key).shapes):
                 self.specs[value] = as_traced(self.specs[value], shape)
 
@@ -115,6 +118,12 @@ class Profiler:
         """
         return [self._untimed(key) for key in self._keys]
 
+    def _piece(self, key: str) -> Piece:
+        node, asked = self._first[key]
+        device, jit_compile, _ = self._elsewhere
+        how = self.batch_size, device, jit_compile
+        return Piece(node, self.specs, asked, *how)
+
     def _untimed(self, key: str) -> Profile:
         if key in self._pieces:
             return self._pieces[key].untimed
@@ -127,8 +136,12 @@ class Profiler:
             ValueError: If a node needs more memory than there is.
         """
         if self._pieces:
-            found = laps.timed([*self._pieces.values()], self._elsewhere[0])
-            for key, profile in zip(self._pieces, found):
+            pieces = {
+                key: self._pieces.get(key) or self._piece(key)
+                for key in self._first
+            }
+            found = laps.timed([*pieces.values()], self._elsewhere[0])
+            for key, profile in zip(pieces, found):
                 self._found[key] = profile
                 if self._lasting[key]:
                     self._cache.write(key, profile)
