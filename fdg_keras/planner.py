@@ -11,29 +11,21 @@ import keras
 import numpy as np
 
 from fdg_keras import durations
-from fdg_keras.crossing import Stash, StashBytes
-from fdg_keras.delays import fed_ahead, stage_delay
+from fdg_keras.crossing import Stash
+from fdg_keras.cutting import Cutter
 from fdg_keras.expectations import assumptions, expected
-from fdg_keras.homes import Home
 from fdg_keras.loss_bytes import loss_bytes
 from fdg_keras.memory import Ledger
 from fdg_keras.placement import is_here, resolve_devices
-from fdg_keras.planning import balance, estimates, legal_ends, make_plan
+from fdg_keras.planning import estimates, legal_ends
 from fdg_keras.plans import Plan
 from fdg_keras.profiling import description
-from fdg_keras.resources import StageBytes
-from fdg_keras.room import Room, check_limit, holds
-from fdg_keras.slicing import Graph, cut_graph, trace_graph
+from fdg_keras.room import check_limit
+from fdg_keras.slicing import Graph, trace_graph
 from fdg_keras.stage_plans import StagePlan
-from fdg_keras.stashes import traced_stashes
 from fdg_keras.threads import warn
 from fdg_keras.validation import check_model, check_settings
 from fdg_keras.watch import Watch
-
-_NOT_BY_STAGES = (
-    ' The cuts that fit by what `stash="selective"` keeps of each layer do not '
-    'by what it keeps of stages; here it counts as much as "exact".'
-)
 
 
 def plan(
@@ -138,49 +130,27 @@ def _plan(
     batch_size, _, measure, _ = settings
     optimizer = getattr(model, "optimizer", None)
 
-    # ---- The best cuts that fit, as far as is known without running ------
+    # ---- What is known without running -----------------------------------
     kinds = _kinds(graph, optimizer, names, settings)
     first = kinds[0]
     outputs = [first.profiler.specs[value] for value in graph.outputs]
     of_loss = loss_bytes(model, outputs) / batch_size
     ledger = Ledger(first.profiler, delay, stash, first.slots, of_loss)
-    home = Home(graph, names, ledger.resting)
-
-    def cut(
-        counted: Ledger, costs: tuple[np.ndarray, np.ndarray], note: str = ""
-    ) -> list[int]:
-        if memory_limit is not None and len(set(names)) < len(names):
-            # Stages of one device may fit although one needs more than others.
-            best = balance(ends, *costs) or []
-            if holds(memory_limit, _stages(graph, ledger, home, best, names)):
-                return best
-        room = Room(counted, ends, len(names), memory_limit, names, home)
-        cuts = balance(ends, *costs, room.excess)
-        if cuts is None:
-            raise ValueError(room.refusal(note))
-        return cuts
-
+    cutter = Cutter(graph, ledger, ends, names, memory_limit)
     costs = estimates(graph, len(names))
-    cuts = cut(ledger, costs)
 
-    # ---- The best by what nodes and cuts take ----------------------------
+    # ---- What nodes and cuts take ----------------------------------------
     if measure:
+        cutter.cuts(costs)  # What does not fit is refused before it is run.
         for kind in dict.fromkeys(kinds):
             kind.measure()
         handing_over = durations.handing_over(names, ledger)
         times = durations.Times(kinds, ledger, handing_over)
         costs = times.nodes, times.paid
-        cuts = cut(ledger, costs)
 
-    # ---- What they come to ----------------------------------------------
-    stages = _stages(graph, ledger, home, cuts, names)
-    if stash == "selective" and not holds(memory_limit, stages):
-        # Now and then it keeps a little more of a whole stage than of its
-        # layers, but never more than "exact".
-        cuts = cut(ledger.otherwise("exact"), costs, _NOT_BY_STAGES)
-        stages = _stages(graph, ledger, home, cuts, names)
-    starts = [0, *(p + 1 for p in cuts), len(graph.nodes)]
-    edges = list(itertools.pairwise(starts))
+    # ---- The best cuts, and what they come to ----------------------------
+    stages = cutter.stages(costs)
+    edges = list(itertools.pairwise(_starts(stages)))
     uncounted = [k for k, edge in enumerate(edges) if ledger.unsized(*edge)]
     notes = assumptions(
         first.profiler.open_symbols, uncounted, optimizer is not None
@@ -202,6 +172,11 @@ def _plan(
     )
 
 
+def _starts(stages: Sequence[StagePlan]) -> list[int]:
+    """Returns the first node of each stage, and the number of nodes."""
+    return [0, *itertools.accumulate(len(stage.layers) for stage in stages)]
+
+
 def _kinds(
     graph: Graph,
     optimizer: keras.optimizers.Optimizer | None,
@@ -215,66 +190,6 @@ def _kinds(
         if kind not in found:
             found[kind] = durations.Kind(graph, optimizer, name, *settings)
     return [found[description(name)] for name in names]
-
-
-def _stages(
-    graph: Graph,
-    ledger: Ledger,
-    home: Home,
-    cuts: Sequence[int],
-    names: Sequence[str],
-) -> list[StagePlan]:
-    """Returns the stages with their bytes."""
-    slices = cut_graph(graph, cuts)
-    starts = [0, *(p + 1 for p in cuts), len(graph.nodes)]
-    sizes = [ledger.sized(a, b) for a, b in itertools.pairwise(starts)]
-    if ledger.stash == "selective":
-        kept = traced_stashes(
-            graph, slices, names[0], ledger.batch_size, ledger.stash
-        )
-        sizes = [_selective(*each) for each in zip(sizes, kept)]
-    sizes = [
-        dataclasses.replace(size, home=waits)
-        for size, waits in zip(sizes, home.beside(starts))
-    ]
-    bare = make_plan(graph, slices, names)
-    return [
-        _sized(
-            stage,
-            size,
-            ledger.sent[end - 1],
-            stage_delay(k, len(names), ledger.delay),
-            fed_ahead(k, len(names), ledger.delay),
-        )
-        for k, (stage, size, end) in enumerate(
-            zip(bare.stages, sizes, starts[1:])
-        )
-    ]
-
-
-def _selective(counted: StageBytes, kept: StashBytes) -> StageBytes:
-    """Returns a stage with what `"selective"` really keeps.
-
-    The rest of the batch comes back in its backward.
-    """
-    return dataclasses.replace(
-        counted,
-        batch=kept.batch,
-        again=max(counted.batch + counted.again - kept.batch, 0),
-        copies=kept.weights,
-    )
-
-
-def _sized(
-    stage: StagePlan, size: StageBytes, sent: float, late: int, ahead: int
-) -> StagePlan:
-    return dataclasses.replace(
-        stage,
-        sends_bytes=int(sent),
-        stash_bytes=size.stash(late),
-        peak_bytes=size.peak(late, ahead),
-        bytes=size,
-    )
 
 
 def _checked(splits: Any, batch_size: Any) -> tuple[int, int]:

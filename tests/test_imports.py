@@ -62,6 +62,7 @@ LADDER = [
     "loss_bytes",
     "memory",
     "room",
+    "cutting",
     "expectations",
     "advice",
     "rates",
