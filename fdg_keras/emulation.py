@@ -18,16 +18,16 @@ import keras
 import tensorflow as tf
 
 from fdg_keras import _keras, delays, transforms
+from fdg_keras.boundaries import Boundary
 from fdg_keras.checks import check_gradients
 from fdg_keras.data import Epoch, Spec
 from fdg_keras.feeding import Pace
-from fdg_keras.linearize import is_float
 from fdg_keras.objective import Objective
 from fdg_keras.pipeline import Settings
 from fdg_keras.slicing import Graph, Slice
-from fdg_keras.stages import Boundary, Stage
+from fdg_keras.stages import Stage
 from fdg_keras.statistics import StageStatistics
-from fdg_keras.subgraphs import read_beside_arguments
+from fdg_keras.taped import Pass
 from fdg_keras.threads import noting
 from fdg_keras.updates import Update
 
@@ -258,7 +258,7 @@ class Emulation:
             none) and what is kept of the weights; the outputs of the model if
             there is no objective; nothing if not training.
         """
-        passes: list[_Pass] = []
+        passes: list[Pass] = []
         received: list[tf.Tensor] = []
         own: list[tf.Tensor] = []
         incoming = Boundary()
@@ -266,7 +266,7 @@ class Emulation:
             stage.incoming = incoming
             feeds = [inputs[i] for i in at]
             with _within(f"in the forward of stage {stage.index}"):
-                one = _Pass(stage, update, batch, feeds, received)
+                one = Pass(stage, update, batch, feeds, received)
             passes.append(one)
             if self._settings is not None:
                 stage.check_gradients_of(one.lost)
@@ -308,80 +308,11 @@ class Emulation:
         return [None if g is None else next(rest) for g in gradients]
 
 
-class _Pass:
-    """The forward of a stage, and the backward that belongs to it."""
-
-    def __init__(
-        self,
-        stage: Stage,
-        update: Update,
-        batch: tf.Tensor,
-        feeds: list[tf.Tensor],
-        received: list[tf.Tensor],
-    ):
-        self.stage = stage
-        self._weights = update.forward_weights(batch)
-        self._received = stage.incoming.floating(received)
-        self.then = self._weights if update.kept_specs else []
-        masked: list[int] = []
-        scored: list[tuple[int, str]] = []
-        state = [_keras.get_storage(v) for v in stage.state]
-        before = [s.read_value() for s in state]
-        earlier = len(_operations())
-        with tf.device(stage.device), tf.GradientTape() as self._tape:
-            watched = [*self._weights, *self._received]
-            self._tape.watch([t for t in watched if is_float(t)])
-            result = stage.pure(
-                self._weights, before, [*feeds, *received], masked, scored
-            )
-            self.outputs = [tf.identity(t) for t in result.outputs]
-        #: For each weight whether the gradient by it is lost.
-        self.lost = read_beside_arguments(
-            _operations()[earlier:], self._weights
-        )
-        #: Trainable variables that it has read in spite of all.
-        self.watched = self._tape.watched_variables()
-        self.outgoing = Boundary(
-            stage.slice.sends, tuple(masked), tuple(scored)
-        )
-        self.own_losses = result.own_losses
-        for variable, old, new in zip(state, before, result.new_state):
-            if new is not old:
-                variable.assign(new)
-
-    def backward(self, gradients: list) -> tuple[list, list]:
-        """Returns gradients by the weights and by what was received."""
-        outputs = self.outgoing.floating(self.outputs)
-        targets = [
-            (t, g) for t, g in zip(outputs, gradients) if g is not None
-        ] + [(t, tf.ones_like(t)) for t in self.own_losses]
-        if not targets:
-            return [None] * len(self._weights), [None] * len(self._received)
-        sources = [*self._weights, *(r for r in self._received if is_float(r))]
-        with tf.device(self.stage.device):
-            found = self._tape.gradient(
-                [t for t, _ in targets],
-                sources,
-                output_gradients=[g for _, g in targets],
-            )
-        by_inputs = iter(found[len(self._weights) :])
-        return found[: len(self._weights)], [
-            next(by_inputs) if is_float(r) else None for r in self._received
-        ]
-
-
 @contextlib.contextmanager
 def _within(where: str) -> Iterator[None]:
     """Says where something fails: in a note, or by names of operations."""
     with noting(where), tf.name_scope(where.replace(" ", "_")):
         yield
-
-
-def _operations() -> list[tf.Operation]:
-    """Returns those of the graph that is being traced, if there is one."""
-    if tf.executing_eagerly():
-        return []
-    return tf.compat.v1.get_default_graph().get_operations()
 
 
 def _as_it_is(function: Callable) -> Callable:

@@ -8,10 +8,10 @@ import keras
 import tensorflow as tf
 
 from fdg_keras import _keras
+from fdg_keras.boundaries import Boundary
 from fdg_keras.checks import OutsideRead, check_reads
 from fdg_keras.data import Spec
 from fdg_keras.slicing import Graph, Slice
-from fdg_keras.stages import Boundary
 
 
 class Objective:

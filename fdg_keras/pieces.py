@@ -5,10 +5,11 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
+from fdg_keras.boundaries import Boundary
 from fdg_keras.profiles import Profile
 from fdg_keras.slicing import Node, Slice
 from fdg_keras.specs import shape_of
-from fdg_keras.stages import Boundary, Stage
+from fdg_keras.stages import Stage
 
 
 class Piece:

@@ -10,6 +10,7 @@ import keras
 import tensorflow as tf
 
 from fdg_keras import _keras, delays
+from fdg_keras.boundaries import Boundary
 from fdg_keras.checks import check_gradients
 from fdg_keras.clocks import check_clock
 from fdg_keras.corrections import Correction
@@ -24,7 +25,7 @@ from fdg_keras.placement import host_of
 from fdg_keras.probes import Probe, Recorder
 from fdg_keras.slicing import Graph, Slice
 from fdg_keras.specs import batch_spec, size_of
-from fdg_keras.stages import Boundary, Stage
+from fdg_keras.stages import Stage
 from fdg_keras.transforms import GradientTransformer
 from fdg_keras.updates import Update
 

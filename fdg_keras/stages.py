@@ -6,65 +6,18 @@ to the first.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 from fdg_keras import _keras
+from fdg_keras.boundaries import Boundary
 from fdg_keras.crossing import Kept, Stash, StashBytes
 from fdg_keras.cuts import Cut
 from fdg_keras.linearize import Linearized, Pure
 from fdg_keras.slicing import Slice
 from fdg_keras.threads import warn
-
-
-@dataclass(frozen=True)
-class Boundary:
-    """What travels over a cut, in this order.
-
-    Attributes:
-        values: Values of the graph, `[B, ...]` each.
-        masked: Those of them whose mask travels along.
-        scored: Those of them whose logits travel along, because a loss may
-            be computed from them; and who made them of those.
-        has_loss: Whether a scalar follows: the sum of the losses that layers
-            of the stages so far have added, for the last stage to report.
-        specs: Shapes and dtypes of all that.
-    """
-
-    values: tuple[int, ...] = ()
-    masked: tuple[int, ...] = ()
-    scored: tuple[tuple[int, str], ...] = ()
-    has_loss: bool = False
-    specs: tuple[tf.TensorSpec, ...] = ()
-
-    def floating(self, found: Sequence[Any]) -> list[Any]:
-        """Returns what belongs to values and logits, without the masks."""
-        values, masks = len(self.values), len(self.masked)
-        start = values + masks
-        return [*found[:values], *found[start : start + len(self.scored)]]
-
-    def attach(self, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-        """Returns the tensors of the values, as Keras' layers hand them out.
-
-        Args:
-            tensors: What travels: values, masks, logits.
-        """
-        count = len(self.values)
-        logits = iter(tensors[count + len(self.masked) :])
-        masks = iter(tensors[count:])
-        makers = dict(self.scored)
-        found = []
-        # By position: a model may hand out one tensor several times.
-        for value, tensor in zip(self.values, tensors):
-            if value in makers:
-                tensor = _keras.with_logits(tensor, next(logits), makers[value])
-            if value in self.masked:
-                _keras.set_mask(tensor, next(masks))
-            found.append(tensor)
-        return found
 
 
 class Stage:

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
+from fdg_keras.boundaries import Boundary
 from fdg_keras.crossing import Stash, StashBytes
 from fdg_keras.slicing import Graph, Slice
 from fdg_keras.specs import batch_spec
-from fdg_keras.stages import Boundary, Stage
+from fdg_keras.stages import Stage
 
 
 def traced_stashes(
