@@ -70,32 +70,33 @@ class Feed:
         """Returns how many batches there were, and the bytes of the last."""
         # Rows are there, at no cost for each batch; else bytes are counted.
         row = _row_bytes(iterator.element_spec)
+        nothing = tf.experimental.Optional.empty(iterator.element_spec)
 
-        def push(element: Any) -> tuple[tf.Tensor, tf.Tensor]:
-            size = element[1][-1] if row is not None else _bytes(element)
-            return self._push(element, total), tf.cast(size, tf.int64)
+        def draw(fed: tf.Tensor) -> Any:
+            return tf.cond(
+                fed < count, iterator.get_next_as_optional, lambda: nothing
+            )
 
         def body(
-            fed: tf.Tensor, size: tf.Tensor, _: tf.Tensor
-        ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-            element = iterator.get_next_as_optional()
-            more = element.has_value()
-            moved, size = tf.cond(
-                more,
-                lambda: push(element.get_value()),
-                lambda: (tf.constant(0), size),
-            )
-            return fed + moved, size, more
+            fed: tf.Tensor, _: tf.Tensor, drawn: Any
+        ) -> tuple[tf.Tensor, tf.Tensor, Any]:
+            element = drawn.get_value()
+            size = element[1][-1] if row is not None else _bytes(element)
+            with tf.control_dependencies([self._push(element, total)]):
+                fed = fed + 1
+                return fed, tf.cast(size, tf.int64), draw(fed)
 
+        # What is drawn is there before the loop asks whether to go on, so that
+        # links on other machines are asked once for each batch.
         fed, size, _ = tf.while_loop(
-            lambda fed, size, more: tf.logical_and(fed < count, more),
+            lambda fed, size, drawn: drawn.has_value(),
             body,
-            [tf.constant(0), tf.constant(0, tf.int64), tf.constant(True)],
+            [tf.constant(0), tf.constant(0, tf.int64), draw(tf.constant(0))],
             parallel_iterations=1,
         )
         return [fed, size if row is None else size * row]
 
-    def _push(self, element: Any, total: tf.Variable) -> tf.Tensor:
+    def _push(self, element: Any, total: tf.Variable) -> tf.Operation:
         inputs, targets = element
         done = [
             operation
@@ -105,9 +106,7 @@ class Feed:
         if self._targets is not None:
             done += self._targets.enqueue(list(targets))
         with tf.control_dependencies(done):
-            done = [total.assign_add(1, read_value=False)]
-        with tf.control_dependencies(done):
-            return tf.constant(1)
+            return total.assign_add(1, read_value=False)
 
 
 def _row_bytes(element_spec: Any) -> int | None:

@@ -5,6 +5,8 @@ the chief, places on its devices, see `fdg_keras.connect_to_cluster`.
 """
 
 import argparse
+import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -16,6 +18,10 @@ import tensorflow as tf
 
 from fdg_keras import cluster, sockets
 from fdg_keras.vigil import JOB
+
+# Parameters of glibc's `mallopt`, and what they are set to, in bytes.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_KEPT_BYTES = 2**30
 
 _DESCRIPTION = """\
 Serves the devices of this machine to fdg_keras.fit in another process, the
@@ -58,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"listens; or give this task another port. Received: {address}"
         )
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    _keep_freed_memory()
     # Before anybody can connect, and look for them.
     cluster.publish_versions()
     server = _serve(spec, index, port, args.allow_network)
@@ -131,6 +138,18 @@ def _check_address(address: str, allow_network: bool) -> None:
         "loopback address such as '127.0.0.1:2222', or --allow_network, on a "
         f"private network. Received: {address!r}"
     )
+
+
+def _keep_freed_memory() -> None:
+    """Has the process keep the memory of a message for the next one.
+
+    Else glibc hands megabytes back to the system as soon as they are free, and
+    takes them anew, page by page, at each tick.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # Another C library.
+        mallopt = ctypes.CDLL(None).mallopt
+        for parameter in (_TRIM_THRESHOLD, _MMAP_THRESHOLD):
+            mallopt(parameter, _KEPT_BYTES)
 
 
 def _serve(

@@ -1,6 +1,7 @@
-"""`python -m fdg_keras.worker`: what it refuses, before it serves."""
+"""`python -m fdg_keras.worker`, before it serves: above all what it refuses."""
 
 import json
+import platform
 import socket
 import subprocess
 import sys
@@ -109,3 +110,41 @@ def test_help_says_that_there_is_no_authentication():
     assert done.returncode == 0
     assert "neither authentication nor encryption" in done.stdout
     assert "private network" in done.stdout
+
+
+_TAKES_PAGES_TWICE = """
+import ctypes
+import resource
+from fdg_keras import worker
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype = libc.memset.restype = ctypes.c_void_p
+libc.memset.argtypes = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
+libc.free.argtypes = [ctypes.c_void_p]
+
+def faults(size):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    block = libc.malloc(size)
+    libc.memset(block, 1, size)
+    libc.free(block)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+worker._keep_freed_memory()
+print(faults(2**26), faults(2**26))
+"""
+
+
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="other libraries have no mallopt"
+)
+def test_memory_of_a_message_is_kept_for_the_next():
+    """64 MiB are taken from the system page by page once, not again."""
+    found = subprocess.run(
+        [sys.executable, "-c", _TAKES_PAGES_TWICE],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    first, second = map(int, found.stdout.split())
+    assert first > 1000
+    assert second < first / 100
