@@ -19,9 +19,10 @@ import tensorflow as tf
 from fdg_keras import cluster, sockets
 from fdg_keras.vigil import JOB
 
-# Parameters of glibc's `mallopt`, and what they are set to, in bytes.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-_KEPT_BYTES = 2**30
+# Parameters of glibc's `mallopt`, and what they are set to, in bytes: blocks up
+# to 32 MiB, the most that each version takes, are kept, and 1 GiB of them.
+_MMAP_THRESHOLD, _LARGEST_KEPT = -3, 32 * 2**20
+_TRIM_THRESHOLD, _MOST_KEPT = -1, 2**30
 
 _DESCRIPTION = """\
 Serves the devices of this machine to fdg_keras.fit in another process, the
@@ -141,15 +142,16 @@ def _check_address(address: str, allow_network: bool) -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Has the process keep the memory of a message for the next one.
+    """Has the process keep the memory of messages for the next ones.
 
     Else glibc hands megabytes back to the system as soon as they are free, and
     takes them anew, page by page, at each tick.
     """
     with contextlib.suppress(OSError, AttributeError):  # Another C library.
         mallopt = ctypes.CDLL(None).mallopt
-        for parameter in (_TRIM_THRESHOLD, _MMAP_THRESHOLD):
-            mallopt(parameter, _KEPT_BYTES)
+        # The second alone would fix the first at its default, 128 KiB.
+        if mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT):
+            mallopt(_TRIM_THRESHOLD, _MOST_KEPT)
 
 
 def _serve(
