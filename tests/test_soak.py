@@ -13,8 +13,8 @@ import fdg_keras
 EPOCHS, STEPS = 40, 500
 
 #: An activation is so large (128 KiB) that one left behind at each tick would
-#: make gigabytes; and a version of a weight (8 KiB), which `"exact"` keeps, more
-#: than the limit, too.
+#: make gigabytes; and a version of a weight (8 KiB), which `"exact"` keeps,
+#: more than the limit, too.
 BATCH, WIDTH = 16, 2048
 LIMIT = 30 * 2**20
 
