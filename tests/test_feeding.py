@@ -1,13 +1,18 @@
-"""How long windows and parts are. What is fed, `test_fit.py` shows."""
+"""How long windows and parts are, and the loop that fills them.
+
+What is fed in a `fit`, `test_fit.py` shows.
+"""
 
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import fdg_keras
 from fdg_keras import feeding
 from fdg_keras.feeding import Pace
 from fdg_keras.feeds import Feed
+from fdg_keras.links import Link
 
 
 @pytest.fixture
@@ -106,3 +111,83 @@ def test_large_batches_wait_one_by_one(monkeypatch):
     asked.clear()
     trainer.fit(x, y, batch_size=2, verbose=0)
     assert set(asked) == {1}
+
+
+def make_feed(batches, devices=("CPU:0", "CPU:0"), bad=None):
+    """A feed of so many batches, its iterator, and what was drawn of it."""
+    drawn = []
+
+    def draw(i):
+        drawn.append(int(i))
+        if i == bad:
+            raise ValueError("bad batch")
+        return np.float32(i)
+
+    def load(i):
+        x = tf.reshape(tf.numpy_function(draw, [i], tf.float32), (1, 1))
+        return (x,), (tf.cast(i + 1, tf.int32),)  # the number of its rows
+
+    options = tf.data.Options()
+    options.autotune.enabled = False  # as the engine reads data
+    data = tf.data.Dataset.range(batches).map(load).with_options(options)
+    places = [f"/job:localhost/replica:0/task:0/device:{d}" for d in devices]
+    specs = tf.TensorSpec((None, 1)), tf.TensorSpec((), tf.int32)
+    inputs, targets = (
+        Link([spec], 9, place, "test") for spec, place in zip(specs, places)
+    )
+    return Feed([(inputs, [0])], targets), iter(data), drawn, (inputs, targets)
+
+
+def test_a_feed_draws_what_is_asked_for():
+    feed, iterator, drawn, (inputs, targets) = make_feed(5)
+    for count, fed in (0, 0), (1, 1), (3, 3), (4, 1), (2, 0):
+        before = len(drawn)
+        assert feed(iterator, count) == fed
+        assert len(drawn) - before == fed
+        assert feed.moved() == fed
+    assert drawn == [0, 1, 2, 3, 4]
+    assert feed.batch_bytes == 4  # of the first, which says that it has a row
+    assert [int(inputs.dequeue()[0][0, 0]) for _ in drawn] == drawn
+    assert [int(targets.dequeue()[0]) - 1 for _ in drawn] == drawn
+
+
+def test_a_feed_tells_what_was_moved_before_a_failure():
+    feed, iterator, drawn, (inputs, _) = make_feed(5, bad=2)
+    with pytest.raises(tf.errors.OpError, match="bad batch"):
+        feed(iterator, 4)
+    assert drawn == [0, 1, 2]
+    assert feed.moved() == 2
+    assert [int(inputs.dequeue()[0][0, 0]) for _ in range(2)] == [0, 1]
+
+
+def test_a_link_gets_one_message_for_each_batch():
+    """Beside whether the loop goes on: it may be on another machine."""
+    feed, iterator, _, _ = make_feed(5, ("CPU:1", "CPU:2"))
+    assert feed(iterator, 2) == 2
+    ((_, function),) = feed._loops.values()
+    library = {
+        one.signature.name: one
+        for one in function.graph.as_graph_def().library.function
+    }
+
+    def calls(nodes, kind):
+        """Names of functions that nodes of a kind call."""
+        return {
+            attribute.func.name
+            for node in nodes
+            if node.op in kind
+            for attribute in node.attr.values()
+            if attribute.HasField("func")
+        }
+
+    whiles = calls(
+        function.graph.as_graph_def().node, ("While", "StatelessWhile")
+    )
+    pushing = [
+        name
+        for name, one in library.items()
+        if any(node.op == "QueueEnqueueV2" for node in one.node_def)
+    ]
+    # In the loop's body, not in a branch that would be sent whether it runs.
+    assert len(pushing) == 1
+    assert set(pushing) < whiles
