@@ -22,7 +22,6 @@ from fdg_keras.plans import Plan
 from fdg_keras.profiling import description
 from fdg_keras.room import check_limit
 from fdg_keras.slicing import Graph, trace_graph
-from fdg_keras.stage_plans import StagePlan
 from fdg_keras.threads import warn
 from fdg_keras.validation import check_model, check_settings
 from fdg_keras.watch import Watch
@@ -150,7 +149,8 @@ def _plan(
 
     # ---- The best cuts, and what they come to ----------------------------
     stages = cutter.stages(costs)
-    edges = list(itertools.pairwise(_starts(stages)))
+    found = Plan(tuple(stages), batch_size, delay, stash)
+    edges = list(itertools.pairwise([0, *found.cuts, len(graph.nodes)]))
     uncounted = [k for k, edge in enumerate(edges) if ledger.unsized(*edge)]
     notes = assumptions(
         first.profiler.open_symbols, uncounted, optimizer is not None
@@ -158,7 +158,7 @@ def _plan(
     if memory_limit is not None:
         for note in notes:
             warn(f"{note} The memory limit is not sure to hold.")
-    found = Plan(tuple(stages), batch_size, delay, stash, notes=notes)
+    found = dataclasses.replace(found, notes=notes)
     if not measure:
         return found
     timed = [
@@ -170,11 +170,6 @@ def _plan(
         sum(p.processor_s for p in first.profiles),
         all(is_here(n) and durations.share_memory(names[0], n) for n in names),
     )
-
-
-def _starts(stages: Sequence[StagePlan]) -> list[int]:
-    """Returns the first node of each stage, and the number of nodes."""
-    return [0, *itertools.accumulate(len(stage.layers) for stage in stages)]
 
 
 def _kinds(

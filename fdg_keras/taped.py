@@ -67,7 +67,12 @@ class Pass:
                 variable.assign(new)
 
     def backward(self, gradients: list) -> tuple[list, list]:
-        """Returns gradients by the weights and by what was received."""
+        """Returns gradients by the weights and by what was received.
+
+        Args:
+            gradients: By what it sends, values and then logits, each of its
+                shape; `None` where there is none.
+        """
         outputs = self.outgoing.floating(self.outputs)
         targets = [
             (t, g) for t, g in zip(outputs, gradients) if g is not None
